@@ -1,0 +1,209 @@
+"""What needs a forward pass: scores, and the oracle truncation of a full update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+
+from lora_lab.adapters.full import FullLayer
+from lora_lab.batches import by_length
+from lora_lab.linalg import Spectrum
+from lora_lab.models import Examples, Model
+
+EVAL_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Result on one split: `score` is accuracy or R² (higher is better), `loss` the mean loss."""
+
+    score: float
+    loss: float
+
+
+@torch.inference_mode()
+def features(model: Model, examples: Examples) -> np.ndarray:
+    """What the head sees, (examples, features), in the order of the examples."""
+    model.eval()
+    device = next(model.parameters()).device
+    out: np.ndarray | None = None
+    for indices in by_length(examples.lengths, EVAL_BATCH):
+        batch = {k: v.to(device) for k, v in examples.collate(indices).items()}
+        part = model.features(batch).cpu().numpy()
+        out = np.empty((len(examples), part.shape[1]), part.dtype) if out is None else out
+        out[indices] = part
+    assert out is not None, "an empty split cannot be scored"
+    return out
+
+
+def targets_of(examples: Examples) -> np.ndarray:
+    """Labels (examples,) or regression targets (examples, outputs)."""
+    return examples.collate(range(len(examples)))["targets"].numpy()
+
+
+@torch.inference_mode()
+def score_features(model: Model, seen: np.ndarray, targets: np.ndarray) -> Scored:
+    """Score the model's own head on given features."""
+    device = next(model.classifier.parameters()).device
+    output = model.classifier(torch.from_numpy(seen).to(device))
+    loss = float(model.loss(output, torch.from_numpy(targets).to(device)))
+    return Scored(score(output.cpu().numpy(), targets), loss)
+
+
+def evaluate(model: Model, examples: Examples) -> Scored:
+    """Score the model on a split."""
+    return score_features(model, features(model, examples), targets_of(examples))
+
+
+def score(output: np.ndarray, targets: np.ndarray) -> float:
+    """Accuracy of logits for integer targets, else R² over all outputs together.
+
+    Parameters
+    ----------
+    output : ndarray, (examples, outputs)
+    targets : ndarray, (examples,) of int, or (examples, outputs) of float
+
+    Returns
+    -------
+    float
+        Accuracy in [0, 1], or R² = 1 - Σ(y - ŷ)²/Σ(y - mean y)² in (-inf, 1].
+
+    >>> score(np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([1, 1]))
+    0.5
+    >>> score(np.array([[1.0], [3.0]]), np.array([[1.0], [3.0]]))
+    1.0
+    """
+    if targets.ndim == 1:
+        return float((output.argmax(1) == targets).mean())
+    wide = targets.astype(np.float64)
+    residual = ((wide - output) ** 2).sum()
+    return float(1 - residual / ((wide - wide.mean(0)) ** 2).sum())
+
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Ridge penalties among which the refitted head's is chosen on the validation split."""
+
+
+def refit(
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+) -> float:
+    """Test score of a head fitted to convergence on frozen features.
+
+    Classification: multinomial logistic regression on standardised features, its ridge penalty
+    chosen on the validation split. Regression: the mean residual (the planted head is a bias).
+
+    Parameters
+    ----------
+    train, validation, test : (features, targets)
+        As from `features` and `targets_of`.
+    """
+    if train[1].ndim > 1:
+        bias = (train[1] - train[0]).mean(0, dtype=np.float64)
+        return score(test[0] + bias, test[1])
+    centre, spread = train[0].mean(0), train[0].std(0)
+    spread[spread == 0] = 1
+    x, v, t = ((part[0] - centre) / spread for part in (train, validation, test))
+    classes = int(max(train[1].max(), validation[1].max(), test[1].max())) + 1
+    weights = np.zeros((x.shape[1] + 1, classes))
+    best, chosen = -1.0, weights
+    for penalty in PENALTIES[::-1]:
+        weights = _logistic(x.astype(np.float64), train[1], penalty, weights)
+        found = score(v @ weights[:-1] + weights[-1], validation[1])
+        if found > best:
+            best, chosen = found, weights
+    return score(t @ chosen[:-1] + chosen[-1], test[1])
+
+
+def _logistic(x: np.ndarray, y: np.ndarray, penalty: float, start: np.ndarray) -> np.ndarray:
+    """Weights (features + 1, classes) of the ridge logistic regression; the last row is the bias."""
+    onehot = np.eye(start.shape[1])[y]
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        w = flat.reshape(start.shape)
+        logits = x @ w[:-1] + w[-1]
+        log_z = logsumexp(logits, axis=1)
+        error = np.exp(logits - log_z[:, None]) - onehot
+        slope = np.vstack([x.T @ error / len(x) + penalty * w[:-1], error.mean(0)])
+        value = (log_z - (logits * onehot).sum(1)).mean() + penalty / 2 * (w[:-1] ** 2).sum()
+        return value, slope.ravel()
+
+    found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B",
+                     options={"maxiter": 200})
+    return np.asarray(found.x).reshape(start.shape)
+
+
+def oracle_grid(q: int) -> list[int]:
+    """k = 0, 1, 2, 4, … below q, and q.
+
+    >>> oracle_grid(6)
+    [0, 1, 2, 4, 6]
+    """
+    return [0, *(2**i for i in range(q.bit_length()) if 2**i < q), q]
+
+
+def oracle_truncation(
+    model: Model,
+    adapted: Mapping[str, FullLayer],
+    spectra: Mapping[str, Spectrum],
+    splits: Mapping[str, Examples],
+) -> list[dict[str, float | str]]:
+    """Test score of `W0 + dW_k`, every layer truncated to its k leading directions at once.
+
+    Parameters
+    ----------
+    model : Model
+        After full fine-tuning; its weights are put back afterwards.
+    adapted : mapping of str to FullLayer
+        The layers that changed.
+    spectra : mapping of str to Spectrum
+        Their updates, with vectors.
+    splits : mapping of str to Examples
+        `train` and `validation` (to refit the head) and `test`.
+
+    Returns
+    -------
+    list of dict
+        Rows `measure, k, side, value` for the whole model: `oracle_score` with side
+        `trained_head` and `refitted_head`, and `oracle_energy`, the share of Σ‖dW‖² kept. k = 0 is
+        the base network; the largest k is the whole update.
+    """
+    grid = oracle_grid(max(min(s.shape) for s in spectra.values()))
+    total = sum(float((s.values**2).sum()) for s in spectra.values())
+    trained = {name: layer.W.data for name, layer in adapted.items()}
+    targets = {name: targets_of(examples) for name, examples in splits.items()}
+    rows: list[dict[str, float | str]] = []
+    try:
+        for k in grid:
+            for name, layer in adapted.items():
+                layer.W.data = _truncated(layer, trained[name], spectra[name], k)
+            seen = {name: features(model, examples) for name, examples in splits.items()}
+            with_head = score_features(model, seen["test"], targets["test"]).score
+            pairs = [(seen[n], targets[n]) for n in ("train", "validation", "test")]
+            kept = sum(float((s.values[:k] ** 2).sum()) for s in spectra.values())
+            energy = kept / total if total > 0 else float("nan")
+            rows += [
+                {"measure": "oracle_score", "k": float(k), "side": "trained_head",
+                 "value": with_head},
+                {"measure": "oracle_score", "k": float(k), "side": "refitted_head",
+                 "value": refit(pairs[0], pairs[1], pairs[2])},
+                {"measure": "oracle_energy", "k": float(k), "side": "", "value": energy},
+            ]
+    finally:
+        for name, layer in adapted.items():
+            layer.W.data = trained[name]
+    return rows
+
+
+def _truncated(layer: FullLayer, W: torch.Tensor, s: Spectrum, k: int) -> torch.Tensor:
+    if k >= len(s.values):
+        return W
+    assert s.U is not None and s.Vh is not None, "oracle truncation needs vectors"
+    dW = torch.from_numpy((s.U[:, :k] * s.values[:k]) @ s.Vh[:k])
+    return layer.W0 + dW.to(layer.W0)

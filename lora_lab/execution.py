@@ -1,0 +1,290 @@
+"""One run, from its config to DONE: train, score, decompose, record."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lora_lab.adapters import Adapted, snapshot
+from lora_lab.adapters.full import FullLayer
+from lora_lab.analysis import base_key, measure_run
+from lora_lab.checkpoints import read_updates
+from lora_lab.config import Host, Keep, RunConfig, as_dict, run_id
+from lora_lab.evaluation import evaluate, oracle_truncation
+from lora_lab.linalg import Dense, Spectrum, Update, decompose, updates_of
+from lora_lab.registry import WrongInput
+from lora_lab.store import RunDir, Store, Work
+from lora_lab.training import Diverged, Setup, Trainer, prepare
+
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Content of a run's config.json."""
+    return {"run_id": run_id(config), "config": as_dict(config), "version": version("lora-lab")}
+
+
+def source_state() -> dict[str, Any]:
+    """Commit of the code that runs, and whether it was changed since; '' outside of a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    return {"git_commit": commit, "git_dirty": bool(commit and git("status", "--porcelain", "-uno"))}
+
+
+def provenance(config: RunConfig, host: Host, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the numbers of a run come from."""
+    return {
+        **source,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "device": host.device,
+        "cpu": _cpu(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        "lora_lab": version("lora-lab"),
+        "model_hash": config.model.fingerprint(config.data),
+        "seeds": {"run": config.seed, "data": config.data.seed},
+    }
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def execute(
+    config: RunConfig,
+    host: Host,
+    store: Store,
+    run: RunDir,
+    source: Mapping[str, Any],
+    on_step: OnStep,
+) -> None:
+    """Do one run in its locked folder, from its last checkpoint if there is one.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Resolved.
+    run : RunDir
+        Locked by the caller, not finished.
+    source : mapping
+        `source_state()` of the code.
+    on_step : callable
+        See `training.Trainer`.
+    """
+    began = time.perf_counter()
+    where = provenance(config, host, source)
+    run.begin(identity(config), where)
+    start = trained(store.run(config.model.start)) if config.model.start else ({}, {})
+    setup = prepare(config, host, store.cache, *start)
+    work = Work(run.work)
+    trainer = Trainer(setup, work, host, on_step)
+    metrics: dict[str, Any] = {"status": "done", **counts(setup)}
+    try:
+        trainer.train()
+        if not setup.accelerator.is_main_process:
+            return
+        spectra = final_spectra(setup.adapted)
+        metrics |= scores(setup)
+        record_update(setup, run, spectra, host)
+        record_spectra(setup, trainer, run, work, spectra)
+        oracle = [*oracle_rows(setup, spectra, trainer.progress.step)]
+        if oracle:
+            run.write_table("oracle", pd.DataFrame(oracle))
+    except Diverged as error:
+        metrics |= {"status": "diverged", "error": str(error)}
+    done = trainer.progress
+    traces = pd.DataFrame(done.traces, columns=["step", "layer", "trace", "value"])
+    run.write_table("traces", traces)
+    # Linux gives kilobytes, macOS bytes.
+    unit = 1e6 if platform.system() == "Darwin" else 1e3
+    run.write_json("metrics", metrics | {
+        "steps": done.step,
+        "train_seconds": done.seconds,
+        "samples_per_second": done.examples / done.seconds if done.seconds else math.nan,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+        "data_hash": setup.problem.fingerprint,
+        "seconds": time.perf_counter() - began,
+    })
+    run.seal()
+    if metrics["status"] == "done" and setup.adapted:
+        key = base_key(where["model_hash"], config.model.start, setup.adapted)
+        store.write_base(key, setup.base)
+        measure_run(run, setup.base)
+
+
+def counts(setup: Setup) -> dict[str, int | float]:
+    """Parameters that train and that do not."""
+    shapes = {name: layer.shape for name, layer in setup.adapted.items()}
+    trainable = sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
+    # A changed layer's own weight is a buffer now, and so no parameter any more.
+    hidden = sum(layer.W0.numel() for layer in setup.adapted.values())
+    everything = sum(p.numel() for p in setup.model.parameters())
+    own = setup.config.adapter.parameters(shapes)
+    dense = sum(m.W.numel() for m in setup.adapted.values() if isinstance(m, FullLayer))
+    total = everything + hidden - dense
+    return {
+        "trainable": trainable,
+        "adapter_parameters": own,
+        "frozen": total - trainable,
+        "total": total,
+        "trainable_percent": 100 * trainable / total,
+    }
+
+
+def scores(setup: Setup) -> dict[str, float]:
+    """Test and validation result of the trained model."""
+    test = evaluate(setup.model, setup.splits["test"])
+    validation = evaluate(setup.model, setup.splits["validation"])
+    if not math.isfinite(test.loss):
+        raise Diverged("NaN or Inf in the test loss after the last step")
+    return {"score": test.score, "loss": test.loss, "validation_score": validation.score}
+
+
+def final_spectra(adapted: Mapping[str, Adapted]) -> dict[str, Spectrum]:
+    """Every layer's final update, decomposed once; vectors for dense ones, which are cut by them."""
+    out = {}
+    for layer, update in updates_of(snapshot(adapted)).items():
+        finite(layer, update)
+        out[layer] = decompose(update, vectors=isinstance(update, Dense), layer=layer)
+    return out
+
+
+def finite(layer: str, update: Update) -> None:
+    """Raise `Diverged` for NaN or Inf in an update."""
+    parts = (update.dW,) if isinstance(update, Dense) else (update.A, update.B)
+    if not all(np.isfinite(part).all() for part in parts):
+        raise Diverged(f"NaN or Inf in the update of {layer} after the last step")
+
+
+def record_update(setup: Setup, run: RunDir, spectra: Mapping[str, Spectrum], host: Host) -> None:
+    """Keep the trained weights: a low-rank update as PEFT reads it, a dense one as config says."""
+    inside = {n: p for n, p in setup.model.named_parameters()
+              if p.requires_grad and not _of_update(n, setup)}
+    run.write_tensors("head", {n: p.detach().cpu().numpy() for n, p in inside.items()})
+    if not setup.adapted:
+        return
+    shapes = {layer: module.shape for layer, module in setup.adapted.items()}
+    peft = setup.config.adapter.peft_config(shapes)
+    tensors = snapshot(setup.adapted)
+    if peft is not None:
+        run.write_json("adapter_config", peft | {"base_model_name_or_path": _base_name(setup)})
+        run.write_tensors("adapter_model", {
+            f"base_model.model.{name[:-2]}.lora_{name[-1]}.weight": array.astype(np.float32)
+            for name, array in tensors.items() if name.endswith((".A", ".B"))
+        })
+    elif host.keep is Keep.all:
+        run.write_tensors("update", tensors)
+    else:
+        run.write_tensors("update", _leading(spectra, host.keep_k), {"keep": f"top {host.keep_k}"})
+
+
+def _of_update(name: str, setup: Setup) -> bool:
+    """Whether a parameter belongs to a layer's update (a layer's own bias does not)."""
+    owner, _, leaf = name.removeprefix("base.").rpartition(".")
+    return owner in setup.adapted and leaf != "bias"
+
+
+def _base_name(setup: Setup) -> str:
+    return str(getattr(setup.config.model, "name", "") or type(setup.config.model).__name__)
+
+
+def _leading(spectra: Mapping[str, Spectrum], k: int) -> dict[str, np.ndarray]:
+    """The k leading directions of each update, as balanced factors in float32."""
+    out: dict[str, np.ndarray] = {}
+    for layer, s in spectra.items():
+        assert s.U is not None and s.Vh is not None
+        root = np.sqrt(s.values[:k])
+        out[f"{layer}.A"] = (root[:, None] * s.Vh[:k]).astype(np.float32)
+        out[f"{layer}.B"] = (s.U[:, :k] * root).astype(np.float32)
+        out[f"{layer}.scale"] = np.float64(1.0)
+    return out
+
+
+def record_spectra(
+    setup: Setup, trainer: Trainer, run: RunDir, work: Work, final: Mapping[str, Spectrum]
+) -> None:
+    """Spectra of dW_t at the snapshots and at the end, with what is needed to read them."""
+    steps = {step: decomposed(work.read_snapshot(step)) for step in trainer.progress.snapshots}
+    steps[trainer.progress.step] = dict(final)
+    parts = [
+        pd.DataFrame({"step": step, "layer": layer, "i": np.arange(1, len(sigma) + 1), "sigma": sigma})
+        for step, spectra in steps.items()
+        for layer, s in spectra.items()
+        for sigma in [s.values[: s.r]]
+    ]
+    columns = ["step", "layer", "i", "sigma"]
+    run.write_table("spectra", pd.concat(parts) if parts else pd.DataFrame(columns=columns))
+    run.write_json("layers", {
+        layer: {"shape": s.shape, "r": s.r, "made_in": s.made_in, "route": s.route,
+                "bound": s.bound}
+        for layer, s in final.items()
+    })
+
+
+def decomposed(tensors: Mapping[str, np.ndarray]) -> dict[str, Spectrum]:
+    """Spectra (values only) of stored updates."""
+    return {layer: decompose(u, layer=layer) for layer, u in updates_of(tensors).items()}
+
+
+def oracle_rows(
+    setup: Setup, spectra: Mapping[str, Spectrum], step: int
+) -> list[dict[str, Any]]:
+    """Oracle truncation of a full fine-tuning, as rows of the whole model; else nothing."""
+    layers = {n: m for n, m in setup.adapted.items() if isinstance(m, FullLayer)}
+    if not layers or len(layers) < len(setup.adapted):
+        return []
+    rows = oracle_truncation(setup.model, layers, spectra, setup.splits)
+    return [{"step": step, "layer": "", **row} for row in rows]
+
+
+def trained(run: RunDir) -> tuple[dict[str, Update], dict[str, np.ndarray]]:
+    """Whole updates of a finished run, and what else it trained inside the base network.
+
+    Raises
+    ------
+    WrongInput
+        When the run is not done, or only the leading directions of its update were kept.
+    """
+    if run.status() != "done":
+        raise WrongInput(f"run {run.run_id} is not done; it cannot be started from.")
+    others = {name.removeprefix("base."): array for name, array in run.read_tensors("head").items()
+              if name.startswith("base.")}
+    if run.has_tensors("adapter_model"):
+        found = {layer: update for layer, _, update in read_updates(adapter=run.path)}
+        return found, others
+    if not run.has_tensors("update"):
+        return {}, others
+    tensors = run.read_tensors("update")
+    if any(name.endswith(".scale") for name in tensors):
+        raise WrongInput(
+            f"run {run.run_id} kept only the leading directions of its update; do it again with "
+            "host.keep=all in a new results folder."
+        )
+    return updates_of(tensors), others

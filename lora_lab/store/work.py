@@ -1,0 +1,98 @@
+"""Files of a run in work: checkpoint, snapshots of the update, progress. Gone when it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from lora_lab.store import files
+from lora_lab.store.files import Corrupt
+
+CHECKPOINT, PROGRESS = "checkpoint.safetensors", "progress.json"
+STATE = "state"
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class Work:
+    """The `work` folder of a run.
+
+    Parameters
+    ----------
+    folder : Path
+        An existing folder, held by the run's lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write_checkpoint(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint: tensors, and a state of JSON types, in one file."""
+        body = files.encode_tensors(tensors, {STATE: json.dumps(state)})
+        sealed = bytes.fromhex(files.digest(body)) + body
+        files.write_bytes(self.folder / CHECKPOINT, sealed)
+
+    def read_checkpoint(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The checkpoint; None when there is none, or when it is not sound (training restarts)."""
+        path = self.folder / CHECKPOINT
+        try:
+            sealed = files.read_bytes(path)
+            digest, body = sealed[:32], sealed[32:]
+            if bytes.fromhex(files.digest(body)) != digest:
+                return None
+            length = int.from_bytes(body[:8], "little")
+            state = json.loads(json.loads(body[8 : 8 + length])["__metadata__"][STATE])
+            tensors = files.decode_tensors(body, path)
+            whole = all(self._snapshot(step).is_file() for step in state["snapshots"])
+        except (Corrupt, KeyError, ValueError):
+            return None
+        return (tensors, state) if whole else None
+
+    def _snapshot(self, step: int) -> Path:
+        return self.folder / f"snapshot-{step}.safetensors"
+
+    def write_snapshot(self, step: int, tensors: Tensors) -> None:
+        """Keep the update at a step until the run is analysed.
+
+        Without fsync, which would cost more than the training step: after a power cut a torn
+        snapshot is found by `read_snapshot` and the run starts again.
+        """
+        path = self._snapshot(step)
+        part = path.with_name(files.TEMPORARY + path.name)
+        with files.explained(path):
+            part.write_bytes(files.encode_tensors(tensors))
+            os.replace(part, path)
+
+    def read_snapshot(self, step: int) -> dict[str, np.ndarray]:
+        """The update at a step.
+
+        Raises
+        ------
+        Corrupt
+            When the file is missing or torn.
+        """
+        path = self._snapshot(step)
+        return files.decode_tensors(files.read_bytes(path), path)
+
+    def write_progress(self, state: Mapping[str, Any]) -> None:
+        """Tell whoever looks how far the run is; not durable, replaced at once."""
+        path = self.folder / PROGRESS
+        part = path.with_name(files.TEMPORARY + path.name)
+        with files.explained(path):
+            part.write_text(json.dumps(state))
+            os.replace(part, path)
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Progress of a run in work, as `write_progress` left it; empty when there is none."""
+    try:
+        found = json.loads((folder / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,185 @@
+"""Matrices of safetensors files, memory-mapped, without torch. Pickles are never read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from lora_lab.config import literal_path
+from lora_lab.registry import WrongInput
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""safetensors' words for the dtypes that are read, and their names here."""
+
+QUANTISED = ("F8", "F4")
+
+NEVER_PICKLES = (
+    "Only safetensors are read, never pickles (.bin, .pt);"
+    " save again with save_pretrained(..., safe_serialization=True)."
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies in a file.
+
+    Attributes
+    ----------
+    path : Path
+    dtype : str
+        Name as in `FLOATS`, or safetensors' own word for one that is not read.
+    shape : tuple of int
+    start : int
+        Offset of its first byte in the file.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    def load(self) -> NDArray[np.float64]:
+        """The tensor as float64, read through a memory map."""
+        stored = np.dtype("u2" if self.dtype == "bfloat16" else self.dtype).newbyteorder("<")
+        raw = np.memmap(self.path, stored, "r", offset=self.start, shape=self.shape)
+        if self.dtype == "bfloat16":
+            # bfloat16 is the upper half of a float32; numpy has no such dtype.
+            return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return raw.astype(np.float64)
+
+
+def tensors_of(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one safetensors file by name, of any dtype and shape, none loaded.
+
+    Raises
+    ------
+    WrongInput
+        If the file is missing, truncated, or its header is damaged.
+    """
+    try:
+        # The library checks header, offsets and length; it has no numpy route for bfloat16.
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WrongInput(
+            f"{path} is not a whole safetensors file ({one_line(error)}). Copy or save it again."
+        ) from None
+    return {
+        name: StoredTensor(
+            path,
+            FLOATS.get(entry["dtype"], entry["dtype"]),
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def matrices(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The weight matrices among tensors: two-dimensional, float, not empty.
+
+    Raises
+    ------
+    WrongInput
+        For a quantised (8- or 4-bit float) matrix: left out silently it would look unchanged.
+    """
+    out = {}
+    for name, tensor in tensors.items():
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            continue
+        if tensor.dtype.startswith(QUANTISED):
+            raise WrongInput(
+                f"tensor {name!r} of {tensor.path} is {tensor.dtype}; quantised weights are not"
+                f" read yet, allowed: {', '.join(FLOATS)}. Dequantise the model first."
+            )
+        if tensor.dtype in FLOATS.values():
+            out[name] = tensor
+    return out
+
+
+def model_matrices(given: str | Path, kind: str) -> dict[str, StoredTensor]:
+    """The weight matrices of a Hugging Face model folder, single or sharded.
+
+    Parameters
+    ----------
+    given : path
+    kind : str
+        What the folder is called in messages (`base`, `tuned`).
+
+    Raises
+    ------
+    WrongInput
+        No such folder, no safetensors in it, a damaged file or index.
+    """
+    folder = local_folder(given, kind)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return matrices(tensors_of(single))
+    if not index.is_file():
+        raise holds_no(folder, "model.safetensors (or model.safetensors.index.json)")
+    shards = read_json(index).get("weight_map")
+    # A shard's name is untrusted text: it must name a file of this very folder.
+    if not isinstance(shards, dict) or any(
+        not isinstance(shard, str) or Path(shard).name != shard for shard in shards.values()
+    ):
+        raise WrongInput(f"{index} must map tensor names to file names in its own folder.")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(shards.values())):
+        tensors |= tensors_of(folder / shard)
+    if lost := sorted(set(shards) - set(tensors)):
+        raise WrongInput(f"{index} lists {some(lost)}, which no shard holds. Copy it again.")
+    return matrices(tensors)
+
+
+def local_folder(given: str | Path, kind: str) -> Path:
+    """An existing folder, `~` expanded, or `WrongInput`."""
+    folder = literal_path(str(given))
+    if not folder.is_dir():
+        raise WrongInput(
+            f"{kind} must be a local folder; got {str(given)!r}, which is none. Download it first."
+        )
+    return folder
+
+
+def holds_no(folder: Path, wanted: str) -> WrongInput:
+    """The error for a folder without a file, with a word on pickles where it holds some."""
+    pickled = any(p.suffix in (".bin", ".pt", ".pth") for p in folder.iterdir())
+    return WrongInput(f"{folder} holds no {wanted}." + (f" {NEVER_PICKLES}" if pickled else ""))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or `WrongInput`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{path} cannot be read as JSON ({one_line(error)}).") from None
+    if not isinstance(content, dict):
+        raise WrongInput(f"{path} must hold a JSON object; got a {type(content).__name__}.")
+    return content
+
+
+def one_line(error: Exception) -> str:
+    """An error's text on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def some(names: Iterable[str]) -> str:
+    """Up to three names, and how many more.
+
+    >>> some(["a", "b", "c", "d"])
+    "'a', 'b', 'c' and 1 more"
+    """
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(name) for name in names[:3]) + more

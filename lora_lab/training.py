@@ -1,0 +1,373 @@
+"""One training loop for every method, on torch and accelerate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lora_lab.adapters import Adapted, attach, compute_in, snapshot
+from lora_lab.batches import TrainingBatches
+from lora_lab.config import Host, RunConfig, Schedule
+from lora_lab.data import Problem
+from lora_lab.evaluation import evaluate
+from lora_lab.linalg import Update
+from lora_lab.models import Examples, Model
+from lora_lab.probes import PROBES, Moment
+from lora_lab.store import Work
+
+
+class Diverged(ArithmeticError):
+    """NaN or Inf appeared; the message says where and at which step."""
+
+
+@dataclass
+class Setup:
+    """A run ready to train.
+
+    Attributes
+    ----------
+    adapted : dict of str to Adapted
+        The changed layers by name.
+    steps : int
+        Optimizer steps of the whole run.
+    base : dict of str to ndarray
+        W0 of the changed layers, (out, in), float32 or wider.
+    """
+
+    config: RunConfig
+    problem: Problem
+    model: Model
+    adapted: dict[str, Adapted]
+    splits: dict[str, Examples]
+    accelerator: accelerate.Accelerator
+    steps: int
+    base: dict[str, np.ndarray]
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside tensors: all that the rest of the run depends on."""
+
+    step: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+    traces: list[tuple[int, str, str, float]] = field(default_factory=list)
+    snapshots: list[int] = field(default_factory=list)
+
+
+def prepare(
+    config: RunConfig,
+    host: Host,
+    cache: Path,
+    updates: Mapping[str, Update] | None = None,
+    others: Mapping[str, np.ndarray] | None = None,
+) -> Setup:
+    """Load data and model and replace the target layers.
+
+    `updates` and `others` are what another run left in the network (see `execution.trained`):
+    dW by layer, added to the pretrained weight, and whole parameters, put in its place.
+
+    The head and dropout draw from torch's global generator, seeded here with the run's seed;
+    the factors of each layer draw from a generator of their own.
+    """
+    accelerator = accelerate.Accelerator(
+        cpu=host.device == "cpu", gradient_accumulation_steps=config.train.accumulate
+    )
+    torch.manual_seed(config.seed)
+    problem = config.data.load()
+    model = config.model.build(config.data, problem, config.train.dropout)
+    for layer, update in (updates or {}).items():
+        weight = model.base.get_parameter(f"{layer}.weight").data
+        dW = torch.from_numpy(update.dense())
+        weight += (dW if weight.shape == dW.shape else dW.T).to(weight)
+    for name, array in (others or {}).items():
+        model.base.get_parameter(name).data.copy_(torch.from_numpy(array))
+    dtype = getattr(torch, config.train.precision.name)
+    if dtype == torch.float64:
+        model.double()
+    adapted = attach(model.base, config.adapter, config.model.shapes(config.data), config.seed)
+    base = {name: layer.W0.numpy() for name, layer in adapted.items()}
+    inside = also_trains(model, config.train.also)
+    if dtype == torch.bfloat16 and not inside:
+        compute_in(model.base, dtype)
+    elif dtype == torch.bfloat16:
+        # Norms, biases or embeddings train too: they stay float32, products are cast one by one.
+        model.features = _autocast(model.features, accelerator.device.type)  # type: ignore[method-assign]
+    splits = {name: config.model.encode(problem, name, cache) for name in problem.inputs}
+    model.to(accelerator.device)
+    batches = math.ceil(len(splits["train"]) / config.train.batch_size)
+    per_step = config.train.accumulate * accelerator.num_processes
+    steps = max(1, math.ceil(config.train.epochs * batches / per_step))
+    return Setup(config, problem, model, adapted, splits, accelerator, steps, base)
+
+
+def _autocast(call: Callable[..., torch.Tensor], device: str) -> Callable[..., torch.Tensor]:
+    def cast(batch: Any) -> torch.Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return call(batch).float()
+
+    return cast
+
+
+def also_trains(model: Model, words: str) -> bool:
+    """Unfreeze the parameters that `train.also` names; whether any lies inside the base."""
+    chosen = set(words.split("+"))
+    if "classifier" not in chosen:
+        model.classifier.requires_grad_(False)
+    found = False
+    for module in model.base.modules():
+        is_norm = "Norm" in type(module).__name__
+        is_embedding = isinstance(module, nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False):
+            if (
+                ("norms" in chosen and is_norm)
+                or ("embeddings" in chosen and is_embedding)
+                or ("biases" in chosen and name == "bias" and not is_norm)
+            ):
+                parameter.requires_grad_(True)
+                found = True
+    return found
+
+
+def spectrum_steps(steps: int, count: int) -> set[int]:
+    """About `count` log-spaced steps before the last.
+
+    >>> sorted(spectrum_steps(64, 6))
+    [1, 2, 4, 8, 16, 32]
+    """
+    if count == 0 or steps < 2:
+        return set()
+    return {round(steps ** (i / count)) for i in range(count)} - {steps}
+
+
+class Trainer:
+    """The state of one training, and its steps.
+
+    Parameters
+    ----------
+    setup : Setup
+    work : Work
+        Where checkpoints and snapshots of the run in work are kept.
+    host : Host
+    on_step : callable of (step, steps, values)
+        Told the loss and rate of traced steps, and scores: the mirror and the progress display.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        work: Work,
+        host: Host,
+        on_step: Callable[[int, int, dict[str, float]], None],
+    ) -> None:
+        self.setup, self.work, self.host, self.on_step = setup, work, host, on_step
+        self.cfg = setup.config.train
+        model = setup.model
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert self.parameters or not setup.adapted, "nothing trains"
+        self.progress = Progress()
+        peak = self.cfg.lr
+        assert peak is not None, "the rate is resolved before training"
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()), lr=peak, weight_decay=self.cfg.weight_decay, fused=True
+        )
+        self.scheduler = schedule(self.optimizer, self.cfg.schedule, self.cfg.warmup, setup.steps)
+        self.gradient_probes = {n: p for n, p in PROBES.items() if p.reads_gradients}
+        self.step_probes = {n: p for n, p in PROBES.items() if not p.reads_gradients}
+        self.spectra_at = spectrum_steps(setup.steps, self.cfg.spectra)
+        evaluations = self.cfg.evaluations
+        self.evaluate_at = {
+            math.ceil(setup.steps * (i + 1) / evaluations) for i in range(evaluations)
+        }
+
+    def train(self) -> None:
+        """Train to the last step, from the last checkpoint if there is one.
+
+        Raises
+        ------
+        Diverged
+            At the first step with NaN or Inf in the loss or a gradient.
+        """
+        self._resume()
+        setup, done = self.setup, self.progress
+        per_step = self.cfg.accumulate * setup.accelerator.num_processes
+        sampler = TrainingBatches(
+            setup.splits["train"].lengths, self.cfg.batch_size, setup.config.seed,
+            setup.steps * per_step, done.step * per_step,
+        )
+        loader = DataLoader(_Indices(setup.splits["train"]), batch_sampler=sampler,
+                            collate_fn=setup.splits["train"].collate)
+        model, loader, self.optimizer = setup.accelerator.prepare(
+            setup.model, loader, self.optimizer
+        )
+        model.train()
+        saved = clock = time.perf_counter()
+        losses: list[torch.Tensor] = []
+        for batch in loader:
+            if not losses:
+                self._watch(done.step + 1)
+            with setup.accelerator.accumulate(model):
+                loss = setup.model.loss(model(batch), batch["targets"])
+                setup.accelerator.backward(loss)
+                losses.append(loss.detach())
+                done.examples += len(batch["targets"]) * setup.accelerator.num_processes
+                if not setup.accelerator.sync_gradients:
+                    continue
+                done.step += 1
+                self._finish_step(torch.stack(losses).mean(), clock)
+                losses = []
+            if done.step in self.spectra_at:
+                self._snapshot()
+            done.seconds += time.perf_counter() - clock
+            if done.step in self.evaluate_at:
+                self._validate()
+                model.train()
+            if time.perf_counter() - saved > 60 * self.host.checkpoint_minutes:
+                self._save()
+                saved = time.perf_counter()
+            clock = time.perf_counter()
+
+    def _traced(self, step: int) -> bool:
+        return step == 1 or step == self.setup.steps or step % self.cfg.trace_every == 0
+
+    def _watch(self, step: int) -> None:
+        for layer in self.setup.adapted.values():
+            layer.watched = self._traced(step)
+            layer.forget()
+
+    def _reduce(self) -> None:
+        """Average the watched gradients over processes, as DDP does for parameters."""
+        if self.setup.accelerator.num_processes > 1:
+            for layer in self.setup.adapted.values():
+                layer.average(self.setup.accelerator.reduce)
+
+    def _finish_step(self, loss: torch.Tensor, clock: float) -> None:
+        """Trace, clip, step. Gradients are traced as they are, before clipping."""
+        done, step = self.progress, self.progress.step
+        traced = self._traced(step)
+        speed = done.examples / max(done.seconds + time.perf_counter() - clock, 1e-9)
+        rate = float(self.scheduler.get_last_lr()[0])
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        moment = Moment(self.setup.adapted, loss, norm, rate, speed)
+        if traced:
+            self._reduce()
+            self._record({n: p.values(moment) for n, p in self.gradient_probes.items()})
+        if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
+            raise Diverged(self._where(step, float(loss)))
+        if self.cfg.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.cfg.clip, norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        if traced:
+            self._record({n: p.values(moment) for n, p in self.step_probes.items()})
+            self.on_step(step, self.setup.steps, {"loss": float(loss), "lr": rate})
+
+    def _record(self, found: dict[str, dict[str, Any]]) -> None:
+        """Enter trace values; one transfer from the device for all of them."""
+        keys = [(layer, trace) for trace, values in found.items() for layer in values]
+        values = [v for values in found.values() for v in values.values()]
+        if not values:
+            return
+        numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in values])
+        step = self.progress.step
+        self.progress.traces += [
+            (step, layer, trace, value)
+            for (layer, trace), value in zip(keys, numbers.tolist(), strict=True)
+        ]
+
+    def _where(self, step: int, loss: float) -> str:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return f"NaN or Inf in the gradient of {name} at step {step} (loss {loss:g})"
+        return f"NaN or Inf in the loss at step {step}"
+
+    def _validate(self) -> None:
+        found = evaluate(self.setup.model, self.setup.splits["validation"])
+        self._record({"validation_score": {"": found.score}, "validation_loss": {"": found.loss}})
+        self.on_step(self.progress.step, self.setup.steps,
+                     {"validation_score": found.score, "validation_loss": found.loss})
+
+    def _snapshot(self) -> None:
+        """Keep dW_t for the analysis after training; decomposing it now would slow training."""
+        if self.setup.accelerator.is_main_process:
+            self.work.write_snapshot(self.progress.step, snapshot(self.setup.adapted))
+        self.progress.snapshots.append(self.progress.step)
+
+    def _save(self) -> None:
+        """Checkpoint everything that the rest of the run depends on."""
+        if not self.setup.accelerator.is_main_process:
+            return
+        tensors = {f"parameter/{name}": p for name, p in self.parameters.items()}
+        for i, name in enumerate(self.parameters):
+            for key, value in self.optimizer.state_dict()["state"].get(i, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = value
+        tensors["generator"] = torch.get_rng_state()
+        self.work.write_checkpoint(
+            {name: t.detach().cpu().numpy() for name, t in tensors.items()},
+            {**self.progress.__dict__, "scheduler": self.scheduler.state_dict()},
+        )
+
+    def _resume(self) -> None:
+        """Continue from the checkpoint of an earlier attempt, if there is a sound one."""
+        found = self.work.read_checkpoint()
+        if found is None:
+            return
+        tensors, state = found
+        self.scheduler.load_state_dict(state.pop("scheduler"))
+        state["traces"] = [tuple(row) for row in state["traces"]]
+        self.progress = Progress(**state)
+        optimizer = self.optimizer.state_dict()
+        for i, (name, parameter) in enumerate(self.parameters.items()):
+            parameter.data.copy_(torch.from_numpy(tensors[f"parameter/{name}"]))
+            prefix = f"optimizer/{name}/"
+            moments = {k[len(prefix) :]: torch.from_numpy(v)
+                       for k, v in tensors.items() if k.startswith(prefix)}
+            if moments:
+                optimizer["state"][i] = moments
+        for group in optimizer["param_groups"]:
+            group["lr"] = self.scheduler.get_last_lr()[0]
+        self.optimizer.load_state_dict(optimizer)
+        torch.set_rng_state(torch.from_numpy(tensors["generator"]))
+
+
+class _Indices:
+    """A dataset of positions: batches are collated from the encoded examples at once."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def schedule(
+    optimizer: torch.optim.Optimizer, kind: Schedule, warmup: float, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up over a share of the steps, then linear, cosine or no decay to 0."""
+    library = torch.optim.lr_scheduler
+    warm = min(round(warmup * steps), steps - 1)
+    rest = steps - warm
+    after = {
+        Schedule.linear: lambda: library.LinearLR(optimizer, 1.0, 0.0, total_iters=rest),
+        Schedule.cosine: lambda: library.CosineAnnealingLR(optimizer, T_max=rest),
+        Schedule.constant: lambda: library.ConstantLR(optimizer, 1.0, total_iters=rest),
+    }[kind]()
+    if warm == 0:
+        return after
+    rise = library.LinearLR(optimizer, 1 / (warm + 1), 1.0, total_iters=warm)
+    return library.SequentialLR(optimizer, [rise, after], milestones=[warm])

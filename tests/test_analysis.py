@@ -1,0 +1,123 @@
+"""Rows of measures, from one layer and from folders."""
+
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import lora_lab.analysis as analysis
+from lora_lab.analysis import analyze, rows
+from lora_lab.layers import depth_of, module_of
+from lora_lab.linalg import Dense, Factored, Spectrum, decompose
+from lora_lab.measures import MEASURES, measure
+from lora_lab.registry import WrongInput
+
+LAYERS = [f"layer.{i}.{name}" for i in (0, 2, 10) for name in ("key", "query")]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two model folders of six layers; training left `layer.2.key` as it was."""
+    rng = np.random.default_rng(0)
+    base = {f"{n}.weight": rng.standard_normal((12, 9)).astype(np.float32) for n in LAYERS}
+    tuned = {
+        name: W if name == "layer.2.key.weight" else W + np.float32(0.1) * W[::-1]
+        for name, W in base.items()
+    }
+    for name, weights in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "model.safetensors")
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+def test_every_measure_has_its_rows_with_all_k_and_sides():
+    rng = np.random.default_rng(1)
+    update = Factored(rng.standard_normal((12, 3)), rng.standard_normal((3, 9)))
+    found = rows("layer.0.key", update, W0=np.eye(12, 9))
+    assert {row["measure"] for row in found} == set(MEASURES)
+    assert all(set(row) == {"layer", "measure", "k", "side", "value"} for row in found)
+    keys = [(row["measure"], row["k"], row["side"]) for row in found]
+    assert len({str(key) for key in keys}) == len(keys)
+    errors = [row for row in found if row["measure"] == "truncation_error"]
+    assert {row["k"] for row in errors} == {0, 1, 2, 4, 8, 9}
+    assert {row["side"] for row in errors} == {"frobenius", "spectral", "nuclear"}
+    assert {row["k"] for row in found if row["measure"] == "energy_rank"} >= {0.9, 0.95, 0.99}
+    s = decompose(update)
+    for row in found:
+        k = None if math.isnan(row["k"]) else row["k"]
+        given = {"W0": np.eye(12, 9)} if row["measure"] == "update_ratio" else {}
+        expected = measure(row["measure"], s, k, row["side"] or None, **given)
+        assert row["value"] == expected, row
+
+
+def test_a_measure_whose_needs_are_not_met_has_no_row():
+    found = {row["measure"] for row in rows("x", Dense(np.eye(4)))}
+    without = {"update_ratio", "utilization", "stable_utilization", "normalized_entropy_r"}
+    assert found == set(MEASURES) - without
+    assert {row["measure"] for row in rows("x", Spectrum.of_values([1.0]))} == found
+
+
+def test_an_update_is_decomposed_once_and_a_spectrum_never(monkeypatch):
+    calls = []
+
+    def counting(update, vectors=False, layer=""):
+        calls.append((vectors, layer))
+        return decompose(update, vectors, layer)
+
+    monkeypatch.setattr(analysis, "decompose", counting)
+    rows("layer.0.key", Dense(np.eye(4)))
+    assert calls == [(False, "layer.0.key")], "and without vectors while no measure needs them"
+    rows("layer.0.key", Spectrum.of_values([1.0]))
+    assert len(calls) == 1
+
+
+def test_chosen_measures_only_and_an_unknown_one_is_refused():
+    found = rows("x", Dense(np.eye(4)), names=["stable_rank", "norm"])
+    assert {row["measure"] for row in found} == {"stable_rank", "norm"}
+    with pytest.raises(WrongInput, match="Did you mean 'stable_rank'"):
+        rows("x", Dense(np.eye(4)), names=["stablerank"])
+
+
+def test_nan_in_an_update_names_the_layer():
+    with pytest.raises(WrongInput, match=r"layer 'layer\.3\.key'"):
+        rows("layer.3.key", Dense([[math.nan]]))
+
+
+def test_analyze_gives_a_tidy_table_in_the_models_order(folders):
+    base, tuned = folders
+    table = analyze(base=base, tuned=tuned)
+    assert list(table.columns) == [
+        "layer", "module", "depth", "measure", "k", "side", "value", "flag"
+    ]  # fmt: skip
+    assert list(dict.fromkeys(table["layer"])) == LAYERS, "block 2 comes before block 10"
+    assert not table.duplicated(["layer", "measure", "k", "side"]).any()
+    row = table[(table["layer"] == "layer.10.query") & (table["measure"] == "update_ratio")].iloc[0]
+    assert (row["module"], row["depth"], row["side"]) == ("query", 10.0, "frobenius")
+    assert row["value"] == pytest.approx(0.1, rel=1e-6)
+
+
+def test_a_layer_that_training_did_not_change_is_flagged(folders):
+    base, tuned = folders
+    table = analyze(base=base, tuned=tuned)
+    still = table["layer"] == "layer.2.key"
+    assert set(table.loc[still, "flag"]) == {"zero update"}
+    assert set(table.loc[~still, "flag"]) == {""}
+    zero = table[still].groupby("measure")["value"]
+    assert (zero.max()["effective_rank"], zero.max()["norm"]) == (0, 0)
+    assert zero.max()[["truncation_error", "update_ratio"]].isna().all()
+
+
+def test_analyze_reads_only_the_measures_asked_for(folders):
+    base, tuned = folders
+    table = analyze(base=base, tuned=tuned, names=["stable_rank"])
+    assert table["measure"].tolist() == ["stable_rank"] * 6
+
+
+def test_layer_names_tell_module_and_depth():
+    assert module_of("bert.encoder.layer.11.output.dense") == "dense"
+    assert depth_of("bert.encoder.layer.11.output.dense") == 11
+    assert depth_of("h.3.experts.7.up") == 3, "the block, not the expert"
+    assert math.isnan(depth_of("embeddings.word_embeddings"))
+    assert math.isnan(depth_of("layer1.conv2"))
+    assert module_of("classifier") == "classifier"
