@@ -17,6 +17,7 @@ from lora_lab.checkpoints import read_updates
 from lora_lab.layers import depth_of, module_of
 from lora_lab.linalg import Spectrum, Update, decompose
 from lora_lab.linalg.factored import Array
+from lora_lab.linalg.spectrum import need_finite
 from lora_lab.measures import MEASURES, Measure
 from lora_lab.store import RunDir, Store
 
@@ -53,7 +54,7 @@ def rows(
     Raises
     ------
     WrongInput
-        For NaN or Inf in the update, naming the layer, and for an unknown measure.
+        For NaN or Inf in the update or in W0, naming the layer, and for an unknown measure.
 
     Examples
     --------
@@ -61,6 +62,8 @@ def rows(
     >>> rows("encoder.0.query", s, names=["stable_rank"])
     [{'layer': 'encoder.0.query', 'measure': 'stable_rank', 'k': nan, 'side': '', 'value': 1.5625}]
     """
+    if W0 is not None:
+        need_finite(W0, what="base weight", layer=layer)
     chosen = {name: MEASURES[name] for name in (MEASURES if names is None else names)}
     if isinstance(update, Spectrum):
         spectrum = update
@@ -118,12 +121,13 @@ def analyze(
     chosen = None if names is None else list(names)
     out = []
     for layer, W0, update in read_updates(base=base, tuned=tuned, adapter=adapter):
-        found = {
+        found = rows(layer, update, W0, chosen)
+        about = {
             "module": module_of(layer),
             "depth": depth_of(layer),
             "flag": "" if update.norm() else "zero update",
         }
-        out += [row | found for row in rows(layer, update, W0, chosen)]
+        out += [row | about for row in found]
     table = pd.DataFrame(out, columns=[*COLUMNS, "flag"])
     return table.astype({"depth": "float64", "k": "float64", "value": "float64"})
 
@@ -154,7 +158,8 @@ def measure_run(
     about = run.read_json("layers")
     sigma = run.read_table("spectra")
     out = []
-    for (step, layer), group in sigma.groupby(["step", "layer"], sort=False):
+    for (step, name), group in sigma.groupby(["step", "layer"], sort=False):
+        layer = str(name)
         known = about[layer]
         spectrum = Spectrum.of_values(
             group["sigma"], tuple(known["shape"]), known["made_in"], known["r"]
@@ -181,8 +186,9 @@ def measure_missing(store: Store) -> dict[str, list[str]]:
         if not missing:
             continue
         model = run.read_json("config")["config"]["model"]
-        key = base_key(run.read_json("provenance")["model_hash"], model["start"],
-                       run.read_json("layers"))
+        key = base_key(
+            run.read_json("provenance")["model_hash"], model["start"], run.read_json("layers")
+        )
         measure_run(run, store.read_base(key), missing)
         done[run_id] = missing
     return done

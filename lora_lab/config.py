@@ -232,16 +232,29 @@ class Host:
             need(value is None or value >= 1, f"host.{name}", "at least 1 (or null)", value)
         need(self.keep_k >= 1, "host.keep_k", "at least 1", self.keep_k)
         need_positive("host.timeout", self.timeout)
-        need(self.checkpoint_minutes >= 0, "host.checkpoint_minutes", "at least 0", self.checkpoint_minutes)
+        need(
+            self.checkpoint_minutes >= 0,
+            "host.checkpoint_minutes",
+            "at least 0",
+            self.checkpoint_minutes,
+        )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training, completely: everything that changes its numbers."""
+    """One training, completely: everything that changes its numbers.
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    Attributes
+    ----------
+    model : models.Buildable
+    data : data.DataSet
+    adapter : adapters.Method
+        Their classes are chosen by name and live on higher floors, hence `Any`.
+    """
+
+    model: Any = field(default_factory=ModelConfig)
+    data: Any = field(default_factory=DataConfig)
+    adapter: Any = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
 

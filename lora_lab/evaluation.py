@@ -122,7 +122,7 @@ def refit(
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, penalty: float, start: np.ndarray) -> np.ndarray:
-    """Weights (features + 1, classes) of the ridge logistic regression; the last row is the bias."""
+    """Weights (features + 1, classes) of ridge logistic regression; the last row is the bias."""
     onehot = np.eye(start.shape[1])[y]
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -134,8 +134,9 @@ def _logistic(x: np.ndarray, y: np.ndarray, penalty: float, start: np.ndarray) -
         value = (log_z - (logits * onehot).sum(1)).mean() + penalty / 2 * (w[:-1] ** 2).sum()
         return value, slope.ravel()
 
-    found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B",
-                     options={"maxiter": 200})
+    found = minimize(
+        objective, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200}
+    )
     return np.asarray(found.x).reshape(start.shape)
 
 
@@ -189,10 +190,18 @@ def oracle_truncation(
             kept = sum(float((s.values[:k] ** 2).sum()) for s in spectra.values())
             energy = kept / total if total > 0 else float("nan")
             rows += [
-                {"measure": "oracle_score", "k": float(k), "side": "trained_head",
-                 "value": with_head},
-                {"measure": "oracle_score", "k": float(k), "side": "refitted_head",
-                 "value": refit(pairs[0], pairs[1], pairs[2])},
+                {
+                    "measure": "oracle_score",
+                    "k": float(k),
+                    "side": "trained_head",
+                    "value": with_head,
+                },
+                {
+                    "measure": "oracle_score",
+                    "k": float(k),
+                    "side": "refitted_head",
+                    "value": refit(pairs[0], pairs[1], pairs[2]),
+                },
                 {"measure": "oracle_energy", "k": float(k), "side": "", "value": energy},
             ]
     finally:
@@ -204,6 +213,6 @@ def oracle_truncation(
 def _truncated(layer: FullLayer, W: torch.Tensor, s: Spectrum, k: int) -> torch.Tensor:
     if k >= len(s.values):
         return W
-    assert s.U is not None and s.Vh is not None, "oracle truncation needs vectors"
-    dW = torch.from_numpy((s.U[:, :k] * s.values[:k]) @ s.Vh[:k])
-    return layer.W0 + dW.to(layer.W0)
+    if k == 0:
+        return layer.W0
+    return layer.W0 + torch.from_numpy(s.truncate(k).dense()).to(layer.W0)

@@ -42,13 +42,18 @@ def source_state() -> dict[str, Any]:
 
     def git(*words: str) -> str:
         try:
-            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", *words], cwd=here, capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD")
-    return {"git_commit": commit, "git_dirty": bool(commit and git("status", "--porcelain", "-uno"))}
+    return {
+        "git_commit": commit,
+        "git_dirty": bool(commit and git("status", "--porcelain", "-uno")),
+    }
 
 
 def provenance(config: RunConfig, host: Host, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,14 +129,18 @@ def execute(
     run.write_table("traces", traces)
     # Linux gives kilobytes, macOS bytes.
     unit = 1e6 if platform.system() == "Darwin" else 1e3
-    run.write_json("metrics", metrics | {
-        "steps": done.step,
-        "train_seconds": done.seconds,
-        "samples_per_second": done.examples / done.seconds if done.seconds else math.nan,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
-        "data_hash": setup.problem.fingerprint,
-        "seconds": time.perf_counter() - began,
-    })
+    run.write_json(
+        "metrics",
+        metrics
+        | {
+            "steps": done.step,
+            "train_seconds": done.seconds,
+            "samples_per_second": done.examples / done.seconds if done.seconds else math.nan,
+            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+            "data_hash": setup.problem.fingerprint,
+            "seconds": time.perf_counter() - began,
+        },
+    )
     run.seal()
     if metrics["status"] == "done" and setup.adapted:
         key = base_key(where["model_hash"], config.model.start, setup.adapted)
@@ -168,7 +177,7 @@ def scores(setup: Setup) -> dict[str, float]:
 
 
 def final_spectra(adapted: Mapping[str, Adapted]) -> dict[str, Spectrum]:
-    """Every layer's final update, decomposed once; vectors for dense ones, which are cut by them."""
+    """Every layer's final update, decomposed once; dense ones with vectors, to cut them by."""
     out = {}
     for layer, update in updates_of(snapshot(adapted)).items():
         finite(layer, update)
@@ -185,8 +194,11 @@ def finite(layer: str, update: Update) -> None:
 
 def record_update(setup: Setup, run: RunDir, spectra: Mapping[str, Spectrum], host: Host) -> None:
     """Keep the trained weights: a low-rank update as PEFT reads it, a dense one as config says."""
-    inside = {n: p for n, p in setup.model.named_parameters()
-              if p.requires_grad and not _of_update(n, setup)}
+    inside = {
+        n: p
+        for n, p in setup.model.named_parameters()
+        if p.requires_grad and not _of_update(n, setup)
+    }
     run.write_tensors("head", {n: p.detach().cpu().numpy() for n, p in inside.items()})
     if not setup.adapted:
         return
@@ -195,10 +207,14 @@ def record_update(setup: Setup, run: RunDir, spectra: Mapping[str, Spectrum], ho
     tensors = snapshot(setup.adapted)
     if peft is not None:
         run.write_json("adapter_config", peft | {"base_model_name_or_path": _base_name(setup)})
-        run.write_tensors("adapter_model", {
-            f"base_model.model.{name[:-2]}.lora_{name[-1]}.weight": array.astype(np.float32)
-            for name, array in tensors.items() if name.endswith((".A", ".B"))
-        })
+        run.write_tensors(
+            "adapter_model",
+            {
+                f"base_model.model.{name[:-2]}.lora_{name[-1]}.weight": array.astype(np.float32)
+                for name, array in tensors.items()
+                if name.endswith((".A", ".B"))
+            },
+        )
     elif host.keep is Keep.all:
         run.write_tensors("update", tensors)
     else:
@@ -219,11 +235,9 @@ def _leading(spectra: Mapping[str, Spectrum], k: int) -> dict[str, np.ndarray]:
     """The k leading directions of each update, as balanced factors in float32."""
     out: dict[str, np.ndarray] = {}
     for layer, s in spectra.items():
-        assert s.U is not None and s.Vh is not None
-        root = np.sqrt(s.values[:k])
-        out[f"{layer}.A"] = (root[:, None] * s.Vh[:k]).astype(np.float32)
-        out[f"{layer}.B"] = (s.U[:, :k] * root).astype(np.float32)
-        out[f"{layer}.scale"] = np.float64(1.0)
+        cut = s.truncate(min(k, s.q))
+        out[f"{layer}.A"], out[f"{layer}.B"] = cut.A.astype(np.float32), cut.B.astype(np.float32)
+        out[f"{layer}.scale"] = np.array(1.0)
     return out
 
 
@@ -234,18 +248,28 @@ def record_spectra(
     steps = {step: decomposed(work.read_snapshot(step)) for step in trainer.progress.snapshots}
     steps[trainer.progress.step] = dict(final)
     parts = [
-        pd.DataFrame({"step": step, "layer": layer, "i": np.arange(1, len(sigma) + 1), "sigma": sigma})
+        pd.DataFrame(
+            {"step": step, "layer": layer, "i": np.arange(1, len(sigma) + 1), "sigma": sigma}
+        )
         for step, spectra in steps.items()
         for layer, s in spectra.items()
         for sigma in [s.values[: s.r]]
     ]
     columns = ["step", "layer", "i", "sigma"]
     run.write_table("spectra", pd.concat(parts) if parts else pd.DataFrame(columns=columns))
-    run.write_json("layers", {
-        layer: {"shape": s.shape, "r": s.r, "made_in": s.made_in, "route": s.route,
-                "bound": s.bound}
-        for layer, s in final.items()
-    })
+    run.write_json(
+        "layers",
+        {
+            layer: {
+                "shape": s.shape,
+                "r": s.r,
+                "made_in": s.made_in,
+                "route": s.route,
+                "bound": s.bound,
+            }
+            for layer, s in final.items()
+        },
+    )
 
 
 def decomposed(tensors: Mapping[str, np.ndarray]) -> dict[str, Spectrum]:
@@ -253,9 +277,7 @@ def decomposed(tensors: Mapping[str, np.ndarray]) -> dict[str, Spectrum]:
     return {layer: decompose(u, layer=layer) for layer, u in updates_of(tensors).items()}
 
 
-def oracle_rows(
-    setup: Setup, spectra: Mapping[str, Spectrum], step: int
-) -> list[dict[str, Any]]:
+def oracle_rows(setup: Setup, spectra: Mapping[str, Spectrum], step: int) -> list[dict[str, Any]]:
     """Oracle truncation of a full fine-tuning, as rows of the whole model; else nothing."""
     layers = {n: m for n, m in setup.adapted.items() if isinstance(m, FullLayer)}
     if not layers or len(layers) < len(setup.adapted):
@@ -274,8 +296,11 @@ def trained(run: RunDir) -> tuple[dict[str, Update], dict[str, np.ndarray]]:
     """
     if run.status() != "done":
         raise WrongInput(f"run {run.run_id} is not done; it cannot be started from.")
-    others = {name.removeprefix("base."): array for name, array in run.read_tensors("head").items()
-              if name.startswith("base.")}
+    others = {
+        name.removeprefix("base."): array
+        for name, array in run.read_tensors("head").items()
+        if name.startswith("base.")
+    }
     if run.has_tensors("adapter_model"):
         found = {layer: update for layer, _, update in read_updates(adapter=run.path)}
         return found, others

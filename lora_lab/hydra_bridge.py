@@ -22,7 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.adapters import ADAPTERS
-from lora_lab.config import GROUPS, Host, Precision, RunConfig, TrainConfig, choice, run_id
+from lora_lab.config import GROUPS, Host, Precision, RunConfig, TrainConfig, run_id
 from lora_lab.data import DATA
 from lora_lab.models import MODELS, device_type
 from lora_lab.registry import Registry, WrongInput, did_you_mean, unknown
@@ -101,6 +101,14 @@ def register_fixed() -> None:
     register("host", "default", Host)
 
 
+def register_all() -> None:
+    """Enter every choice, for plain Hydra, which looks them up by itself."""
+    register_fixed()
+    for group, registry in REGISTRIES.items():
+        for name, config in registry.items():
+            register(group, name, config)
+
+
 # ---- override strings -> axes ---------------------------------------------------------------
 
 
@@ -118,7 +126,9 @@ def parse(overrides: Sequence[str]) -> list[Axis]:
 def _axis(text: str) -> Axis:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-        raise WrongInput(f"{text!r} is not an override; write key=value, for example adapter.r=1,2,4.")
+        raise WrongInput(
+            f"{text!r} is not an override; write key=value, for example adapter.r=1,2,4."
+        )
     if key in LITERAL:
         return Axis(key, (value,))
     parser = OverridesParser.create()
@@ -206,10 +216,16 @@ def _no_key(key: str, cfg: DictConfig, groups: Mapping[str, str]) -> WrongInput:
         keys = [str(k) for k in cfg[group]]
         owner = f"{group}={groups[group]}" if group in groups else group
         listed = ", ".join(keys) if keys else "none"
-        return WrongInput(f"{owner} has no key {name!r}; its keys: {listed}.{did_you_mean(name, keys)}")
+        return WrongInput(
+            f"{owner} has no key {name!r}; its keys: {listed}.{did_you_mean(name, keys)}"
+        )
     top = [str(k) for k in cfg] + ["size"]
-    every = [f"{g}.{k}" for g in cfg if isinstance(cfg[g], DictConfig) for k in cfg[g]] + top
-    return WrongInput(f"unknown key {key!r}; groups: {', '.join(top)}.{did_you_mean(key, every)}")
+    every = [
+        f"{g}.{k}" for g in map(str, cfg) if isinstance(cfg[g], DictConfig) for k in cfg[g]
+    ] + top
+    return WrongInput(
+        f"unknown key {key!r}; groups: {', '.join(top)}.{did_you_mean(key, top + inside)}"
+    )
 
 
 def _set(cfg: DictConfig, key: str, value: Any) -> None:
@@ -227,9 +243,9 @@ def _wrong_value(key: str, value: Any, error: Exception) -> WrongInput:
 def typed(cfg: DictConfig) -> tuple[RunConfig, Host]:
     """A composed config as frozen dataclasses, ranges checked."""
     try:
-        plain = {k: OmegaConf.to_object(cfg[k]) for k in (*GROUPS, "train", "host")}
-        host = plain.pop("host")
-        return RunConfig(seed=cfg.seed, **plain), host  # type: ignore[arg-type]
+        parts: dict[str, Any] = {k: OmegaConf.to_object(cfg[k]) for k in (*GROUPS, "train", "host")}
+        host: Host = parts.pop("host")
+        return RunConfig(seed=cfg.seed, **parts), host
     except OmegaConfBaseException as error:
         reason = str(error).strip().splitlines()[0]
         raise WrongInput(f"the config does not fit its types: {reason}") from error
@@ -274,6 +290,12 @@ def planned(config: RunConfig, device: str) -> Planned:
     config = resolve(config, device)
     check(config)
     return Planned(config, run_id(config), needs)
+
+
+def planned_of(cfg: DictConfig) -> tuple[Planned, Host]:
+    """A config that Hydra composed, as a run to do."""
+    config, host = typed(cfg)
+    return planned(config, device_type(host.device)), host
 
 
 def plan(

@@ -34,7 +34,7 @@ MEASURES = {
     "run_id": ("string", "the run"),
     "step": ("int64", "optimizer step; the last step for the final update"),
     "layer": ("string", "layer, '' for the whole model"),
-    "module": ("string", "last part of the layer's name, e.g. 'query'; see store.module_of"),
+    "module": ("string", "last part of the layer's name, e.g. 'query'; see layers.module_of"),
     "depth": ("float64", "index of the block that holds the layer; NaN outside blocks"),
     "measure": ("string", "name of the measure: a file of lora_lab/measures"),
     "k": ("float64", "parameter of the measure (kept directions, threshold); NaN if it has none"),

@@ -8,7 +8,7 @@ them), or a regular expression that a whole layer name must match. What matches 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from lora_lab.registry import WrongInput, did_you_mean
 
@@ -16,12 +16,45 @@ ROLES = {
     "q": ("query", "q_proj", "q_lin", "q", "to_q", "q_attn"),
     "k": ("key", "k_proj", "k_lin", "k", "to_k"),
     "v": ("value", "v_proj", "v_lin", "v", "to_v"),
-    "o": ("attention.output.dense", "o_proj", "out_proj", "out_lin", "o", "attn.c_proj",
-          "attention.dense", "self_attn.dense", "to_out.0"),
+    "o": (
+        "attention.output.dense",
+        "o_proj",
+        "out_proj",
+        "out_lin",
+        "o",
+        "attn.c_proj",
+        "attention.dense",
+        "self_attn.dense",
+        "to_out.0",
+    ),
     "qkv": ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj", "qkv"),
-    "mlp": ("intermediate.dense", "output.dense", "up_proj", "gate_proj", "down_proj", "fc1", "fc2",
-            "lin1", "lin2", "c_fc", "mlp.c_proj", "wi", "wi_0", "wi_1", "wo", "up", "down",
-            "dense_h_to_4h", "dense_4h_to_h", "gate_up_proj", "Wi", "Wo", "w1", "w2", "w3"),
+    "mlp": (
+        "intermediate.dense",
+        "output.dense",
+        "up_proj",
+        "gate_proj",
+        "down_proj",
+        "fc1",
+        "fc2",
+        "lin1",
+        "lin2",
+        "c_fc",
+        "mlp.c_proj",
+        "wi",
+        "wi_0",
+        "wi_1",
+        "wo",
+        "up",
+        "down",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "gate_up_proj",
+        "Wi",
+        "Wo",
+        "w1",
+        "w2",
+        "w3",
+    ),
 }
 """Role of a layer by the last parts of its name; the longest match wins, so that BERT's
 `attention.output.dense` is `o` and `output.dense` belongs to the MLP."""
@@ -99,8 +132,8 @@ def select(targets: str, layers: Iterable[str]) -> list[str]:
     wrong = next(part for part in parts if not found[part])
     names = sorted({layer.rpartition(".")[2] for layer in layers})
     raise WrongInput(
-        f"adapter.targets {wrong!r} matches no layer; allowed: {', '.join(WORDS)}, layer names such "
-        f"as {', '.join(names[:8])} joined by '+', or a regex for whole layer names."
+        f"adapter.targets {wrong!r} matches no layer; allowed: {', '.join(WORDS)}, layer names "
+        f"such as {', '.join(names[:8])} joined by '+', or a regex for whole layer names."
         + did_you_mean(wrong, [*WORDS, *names])
     )
 
@@ -116,7 +149,7 @@ def _named(part: str, layers: list[str]) -> set[str]:
     return {layer for layer in layers if _ends(layer, part)}
 
 
-def by_pattern(layer: str, patterns: dict[str, float], default: float) -> float:
+def by_pattern(layer: str, patterns: Mapping[str, float], default: float) -> float:
     """Value of the first pattern that a layer's name ends with (PEFT's rule), else the default.
 
     A key matches as PEFT's `rank_pattern` keys do: as a regular expression for the whole name or

@@ -102,7 +102,7 @@ def prepare(
         compute_in(model.base, dtype)
     elif dtype == torch.bfloat16:
         # Norms, biases or embeddings train too: they stay float32, products are cast one by one.
-        model.features = _autocast(model.features, accelerator.device.type)  # type: ignore[method-assign]
+        model.features = _autocast(model.features, accelerator.device.type)
     splits = {name: config.model.encode(problem, name, cache) for name in problem.inputs}
     model.to(accelerator.device)
     batches = math.ceil(len(splits["train"]) / config.train.batch_size)
@@ -202,11 +202,17 @@ class Trainer:
         setup, done = self.setup, self.progress
         per_step = self.cfg.accumulate * setup.accelerator.num_processes
         sampler = TrainingBatches(
-            setup.splits["train"].lengths, self.cfg.batch_size, setup.config.seed,
-            setup.steps * per_step, done.step * per_step,
+            setup.splits["train"].lengths,
+            self.cfg.batch_size,
+            setup.config.seed,
+            setup.steps * per_step,
+            done.step * per_step,
         )
-        loader = DataLoader(_Indices(setup.splits["train"]), batch_sampler=sampler,
-                            collate_fn=setup.splits["train"].collate)
+        loader = DataLoader(
+            _Indices(setup.splits["train"]),
+            batch_sampler=sampler,
+            collate_fn=setup.splits["train"].collate,
+        )
         model, loader, self.optimizer = setup.accelerator.prepare(
             setup.model, loader, self.optimizer
         )
@@ -296,8 +302,11 @@ class Trainer:
     def _validate(self) -> None:
         found = evaluate(self.setup.model, self.setup.splits["validation"])
         self._record({"validation_score": {"": found.score}, "validation_loss": {"": found.loss}})
-        self.on_step(self.progress.step, self.setup.steps,
-                     {"validation_score": found.score, "validation_loss": found.loss})
+        self.on_step(
+            self.progress.step,
+            self.setup.steps,
+            {"validation_score": found.score, "validation_loss": found.loss},
+        )
 
     def _snapshot(self) -> None:
         """Keep dW_t for the analysis after training; decomposing it now would slow training."""
@@ -332,8 +341,11 @@ class Trainer:
         for i, (name, parameter) in enumerate(self.parameters.items()):
             parameter.data.copy_(torch.from_numpy(tensors[f"parameter/{name}"]))
             prefix = f"optimizer/{name}/"
-            moments = {k[len(prefix) :]: torch.from_numpy(v)
-                       for k, v in tensors.items() if k.startswith(prefix)}
+            moments = {
+                k[len(prefix) :]: torch.from_numpy(v)
+                for k, v in tensors.items()
+                if k.startswith(prefix)
+            }
             if moments:
                 optimizer["state"][i] = moments
         for group in optimizer["param_groups"]:

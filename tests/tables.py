@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -155,6 +156,7 @@ def made_up_tables(
     )  # fmt: skip
 
 
+@cache
 def empty_tables() -> Tables:
     """The same columns without a row."""
     full = made_up_tables(seeds=1, ranks=(1,))

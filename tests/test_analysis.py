@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lora_lab.analysis as analysis
 from lora_lab.analysis import analyze, rows
@@ -79,9 +79,21 @@ def test_chosen_measures_only_and_an_unknown_one_is_refused():
         rows("x", Dense(np.eye(4)), names=["stablerank"])
 
 
-def test_nan_in_an_update_names_the_layer():
-    with pytest.raises(WrongInput, match=r"layer 'layer\.3\.key'"):
-        rows("layer.3.key", Dense([[math.nan]]))
+@pytest.mark.parametrize("bad", ["base", "tuned"])
+def test_nan_names_the_layer(folders, bad):
+    W = np.ones((1, 2))
+    broken = np.array([[1.0, math.nan]])
+    for update in (Dense(broken), Factored([[1.0]], broken)):
+        with pytest.raises(WrongInput, match=r"layer 'layer\.3\.key': the update holds NaN"):
+            rows("layer.3.key", update)
+    with pytest.raises(WrongInput, match=r"layer 'layer\.3\.key': the base weight holds NaN"):
+        rows("layer.3.key", Dense(W), W0=broken)
+    file = folders[bad == "tuned"] / "model.safetensors"
+    weights = load_file(file)
+    weights["layer.2.key.weight"][0, 0] = np.inf
+    save_file(weights, file)
+    with pytest.raises(WrongInput, match=r"layer 'layer\.2\.key': the \w+( weight)? holds NaN or"):
+        analyze(base=folders[0], tuned=folders[1])
 
 
 def test_analyze_gives_a_tidy_table_in_the_models_order(folders):

@@ -168,8 +168,7 @@ def test_a_spectrum_that_sits_on_a_threshold_does_not_flip(n):
 
 
 def test_the_tail_of_small_energies_is_not_lost():
-    # 10^6 directions of energy 1e-10: added to a running sum of 1 from the large end, half of
-    # their last bits would go; from the small end the sum is right.
+    # 1e5 directions of energy 1e-16 each: below the last bit of a running sum that starts at 1.
     values = np.concatenate([[1.0], np.full(10**5, 1e-8)])
     exact = math.sqrt(10**5 * 1e-16 / (1 + 10**5 * 1e-16))
     assert measure("truncation_error", spectrum(values), 1) == pytest.approx(exact, rel=1e-12)

@@ -127,8 +127,9 @@ ADAPTERS: Registry[type[Any]] = Registry(__name__, "adapter")
 
 def layer_seed(seed: int, layer: str) -> int:
     """A seed for one layer that does not depend on which other layers are changed."""
-    words = np.frombuffer(layer.encode().ljust(-len(layer.encode()) % 4 + len(layer.encode())),
-                          dtype="<u4")
+    words = np.frombuffer(
+        layer.encode().ljust(-len(layer.encode()) % 4 + len(layer.encode())), dtype="<u4"
+    )
     return int(np.random.SeedSequence([seed, *words.tolist()]).generate_state(1, np.uint64)[0] >> 1)
 
 

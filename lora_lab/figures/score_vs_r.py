@@ -87,7 +87,7 @@ def score_vs_r(tables: Tables) -> Figure | None:
     ticks = sorted(ranked["r"].unique())
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    for ax, shown in zip(axes.flat, panels, strict=False):
+    for number, (ax, shown) in enumerate(zip(axes.flat, panels, strict=False)):
         ax.set_xscale("log", base=2)
         ax.set_ylim(*_limits(runs))
         labels = score_bands(ax, runs)
@@ -102,8 +102,9 @@ def score_vs_r(tables: Tables) -> Figure | None:
             ax.set_title(labels[-1][1], fontsize=9, color=labels[-1][2], loc="left")
         ax.set_xticks(ticks, [f"{r:g}" for r in ticks])
         ax.minorticks_off()
-        ax.set_xlabel("configured r of the adapter", fontsize=10)
-        ax.label_outer()
+        lowest = number + columns >= len(panels)
+        ax.tick_params(labelbottom=lowest)
+        ax.set_xlabel("configured r of the adapter" if lowest else "", fontsize=10)
     drawn.supylabel("test score (higher is better)", fontsize=10)
     said = "Dots: seeds. Bars and bands: 95 % t intervals over seeds."
     if not together:

@@ -123,7 +123,7 @@ class Factored:
             weight = b * a * self.scale
         size = float(np.abs(weight).max())
         if not np.isfinite(size):
-            raise WrongInput("the update is too large for float64; check B, A and scale.")
+            raise WrongInput("the update is not finite in float64; check B, A and scale.")
         b[b == 0], a[a == 0] = 1.0, 1.0
         Q_B, R_B = np.linalg.qr(self.B / b)
         Q_A, R_A = np.linalg.qr((self.A / a[:, None]).T)
@@ -167,7 +167,7 @@ class Dense:
     5.0
     """
 
-    dW: Array  # noqa: N815  the field's name
+    dW: Array
     made_in: str = "float32"
 
     def __post_init__(self) -> None:

@@ -123,6 +123,17 @@ class Spectrum:
         return Factored(self.U[:, :k] * self.values[:k], self.Vh[:k], made_in=self.made_in)
 
 
+def need_finite(*arrays: Array, what: str, layer: str = "") -> None:
+    """Raise `WrongInput` naming the layer if an array holds NaN or Inf (numpy would not)."""
+    bad = sum(int(np.count_nonzero(~np.isfinite(a))) for a in arrays)
+    if bad:
+        where = f"layer {layer!r}: " if layer else ""
+        raise WrongInput(
+            f"{where}the {what} holds NaN or Inf ({bad} of {sum(a.size for a in arrays)} entries);"
+            " nothing can be measured. Check the run or the file."
+        )
+
+
 def decompose(update: Update, vectors: bool = False, layer: str = "") -> Spectrum:
     """Singular values of an update, and its vectors on request.
 
@@ -159,13 +170,7 @@ def decompose(update: Update, vectors: bool = False, layer: str = "") -> Spectru
     lora_lab.registry.WrongInput: layer 'query': the update holds NaN or Inf (1 of 2 entries); ...
     """
     arrays = (update.B, update.A) if isinstance(update, Factored) else (update.dW,)
-    bad = sum(int(np.count_nonzero(~np.isfinite(a))) for a in arrays)
-    if bad:
-        where = f"layer {layer!r}: " if layer else ""
-        raise WrongInput(
-            f"{where}the update holds NaN or Inf ({bad} of {sum(a.size for a in arrays)} entries);"
-            " no spectrum exists. Check the run or the file."
-        )
+    need_finite(*arrays, what="update", layer=layer)
     if isinstance(update, Factored):
         if update.r <= min(update.shape):
             return _of_factors(update, vectors)

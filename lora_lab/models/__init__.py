@@ -1,4 +1,4 @@
-"""Models: what is adapted. One file a name; each gives layer shapes cheaply and builds a `Model`."""
+"""Models: what is adapted. One file a name; it gives layer shapes cheaply and builds a `Model`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def wrong_kind(name: str, kind: str, data: str) -> WrongInput:
 
 
 def device_type(name: str) -> str:
-    """`cpu`, `cuda`, `mps` … of a `host.device` value; `auto` is the accelerator if there is one."""
+    """`cpu`, `cuda`, `mps` … of a `host.device` value; `auto`: the accelerator if there is one."""
     if name != "auto":
         return name.partition(":")[0]
     found = torch.accelerator.current_accelerator(check_available=True)

@@ -155,8 +155,11 @@ class TextModel:
 
     def build(self, data: DataConfig, problem: Problem, dropout: float) -> Model:
         config, _ = self._load(_architecture)
-        options = {k: dropout for k, v in config.to_dict().items()
-                   if "drop" in k and isinstance(v, (int, float)) and not isinstance(v, bool)}
+        options = {
+            k: dropout
+            for k, v in config.to_dict().items()
+            if "drop" in k and isinstance(v, (int, float)) and not isinstance(v, bool)
+        }
         base = self._load(_pretrained, options)
         hidden = int(getattr(config, "hidden_size", 0) or config.n_embd)
         return TextClassifier(base, hidden, problem.outputs, self.pooling)
@@ -164,8 +167,15 @@ class TextModel:
     def encode(self, problem: Problem, split: str, cache: Path) -> Tokens:
         texts, targets = problem.inputs[split], problem.targets[split]
         key = hashlib.sha256(
-            json.dumps([self.source(), self.pinned(), self.max_tokens, transformers.__version__,
-                        list(texts)]).encode()
+            json.dumps(
+                [
+                    self.source(),
+                    self.pinned(),
+                    self.max_tokens,
+                    transformers.__version__,
+                    list(texts),
+                ]
+            ).encode()
         ).hexdigest()[:24]
         path = cache / f"tokens-{key}.safetensors"
         if path.is_file():
@@ -233,8 +243,13 @@ class HFModel(TextModel, ModelConfig):
     max_tokens: int = 128
 
     def __post_init__(self) -> None:
-        need(bool(self.name), "model.name", "a hub name or a local folder", "nothing",
-             "Add model.name=organisation/name or model.name=./folder.")
+        need(
+            bool(self.name),
+            "model.name",
+            "a hub name or a local folder",
+            "nothing",
+            "Add model.name=organisation/name or model.name=./folder.",
+        )
         need(self.max_tokens >= 4, "model.max_tokens", "at least 4", self.max_tokens)
 
     def source(self) -> str:

@@ -35,7 +35,7 @@ class Bias(nn.Module):
 
 
 class PlantedNet(nn.Module):
-    """Six bias-free linear layers, named as in `LAYERS`; `down` reads the second part of the input."""
+    """Six bias-free linear layers, named as in `LAYERS`; `down` reads the input's second part."""
 
     def __init__(self, weights: dict[str, np.ndarray]) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ RUN_COLUMNS: list[tuple[str, str, bool, Callable[[Any], str]]] = [
     ("seconds", "seconds", True, _number(".1f")),
     ("samples_per_second", "samples/s", True, _number(".0f")),
     ("git_commit", "commit", False, _commit),
-    ("git_dirty", "uncommitted changes", False, _yes),
+    ("git_dirty", "dirty", False, _yes),
 ]
 """Column of the runs table, heading, whether a number, and how a cell is written."""
 ERROR_COLUMNS = {

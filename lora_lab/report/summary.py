@@ -108,21 +108,29 @@ def _directions(tables: Tables, runs: pd.DataFrame) -> list[str]:
         return [f"{said}No truncation up to k = {most:g} directions per layer is within a point."]
     cut = oracle[oracle["k"] == k].set_index("run_id")["value"]
     lost = 100 * (score.reindex(cut.index) - cut)
+    side = "less" if lost.mean() >= 0 else "more"
     alone = [enough(own, full) for _, own in oracle.groupby("run_id")]
     by_seed = f"; seed by seed k = {_listed(alone)}" if len(alone) > 1 else ""
     said += (
         f"Cut down to its leading k = {k:g} directions in each layer, the same model scores "
-        f"{plus_minus(cut)}, {plus_minus(lost, 1)} points less than uncut "
+        f"{plus_minus(cut)}, {plus_minus(lost * (1 if side == 'less' else -1), 1)} points {side} "
+        "than uncut "
         f"({seeds(len(cut))}{by_seed})."
     )
     return [said, _conclusion(k, float(ranks.mean()))]
 
 
 def _listed(ks: list[float]) -> str:
-    """Each k as often as it occurs: ``"4, 8 (2 times), none"``."""
-    words = pd.Series([f"{k:g}" if math.isfinite(k) else "none" for k in sorted(ks)])
-    tally = words.value_counts(sort=False)
-    return ", ".join(f"{k} ({n} times)" if n > 1 else str(k) for k, n in tally.items())
+    """Each k, or of more than ten the range.
+
+    >>> _listed([8, 4, math.nan]), _listed([4.0] * 9 + [16, 8])
+    ('4, 8, none', '4 to 16')
+    """
+    words = [f"{k:g}" for k in sorted(k for k in ks if math.isfinite(k))]
+    missing = len(ks) - len(words)
+    if len(words) > 10:
+        words = [f"{words[0]} to {words[-1]}"]
+    return ", ".join(words + ["none"] * bool(missing))
 
 
 def _conclusion(k: float, rank: float) -> str:

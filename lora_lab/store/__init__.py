@@ -4,7 +4,7 @@ from lora_lab.store.files import Busy, Corrupt, StoreError, write_bytes
 from lora_lab.store.folder import Store
 from lora_lab.store.rundir import Record, RunDir
 from lora_lab.store.tables import Tables, load, pack
-from lora_lab.store.work import Work, read_progress
+from lora_lab.store.work import Work
 
 __all__ = [
     "Busy",
@@ -17,6 +17,5 @@ __all__ = [
     "Work",
     "load",
     "pack",
-    "read_progress",
     "write_bytes",
 ]

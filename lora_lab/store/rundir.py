@@ -30,6 +30,7 @@ from lora_lab.store.contents import (
     Contents,
 )
 from lora_lab.store.files import Busy, Corrupt
+from lora_lab.store.work import Work, read_progress
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,14 @@ class RunDir(Contents):
         self._refuse_finished()
         files.make_folder(self.path / WORK)
         return self.path / WORK
+
+    def write_progress(self, state: dict[str, Any]) -> None:
+        """Tell whoever looks how far the run is."""
+        Work(self.work).write_progress(state)
+
+    def read_progress(self) -> dict[str, Any]:
+        """What `write_progress` told last; empty when there is nothing."""
+        return read_progress(self.path / WORK)
 
     @property
     def log(self) -> Path:

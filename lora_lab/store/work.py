@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from lora_lab.store import files
 from lora_lab.store.files import Corrupt

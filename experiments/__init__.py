@@ -1,0 +1,1 @@
+"""What is run with the lab: plain Hydra sweeps, claims, notebooks, benchmarks."""

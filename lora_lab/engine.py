@@ -1,0 +1,421 @@
+"""Many runs: what is left to do, each in its own process, resumable by running it again.
+
+Pebble runs each task in a fresh process from a fork server that has the imports loaded and nothing
+computed, so that one which dies takes no other with it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+from pebble import ProcessExpired, ProcessPool
+
+from lora_lab.analysis import measure_missing
+from lora_lab.config import Host, Keep, RunConfig, changed_default
+from lora_lab.hydra_bridge import Planned
+from lora_lab.registry import WrongInput
+from lora_lab.store import Busy, RunDir, Store, StoreError
+
+PRELOAD = [
+    "lora_lab.execution",
+    "lora_lab.models.minilm",
+    "lora_lab.models.planted",
+    "lora_lab.adapters.lora",
+    "lora_lab.adapters.full",
+    "lora_lab.adapters.head",
+    "lora_lab.data.rotten_tomatoes",
+    "lora_lab.trackers.wandb",
+    "transformers.models.bert.modeling_bert",
+]
+"""What the fork server imports once; nothing of it computes at import."""
+
+MANY = 200
+"""Runs above which a sweep wants `host.yes=true`."""
+
+ORPHAN_POLL = 0.5
+"""Seconds between two looks of a worker at its sweep's process."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker process needs; it is pickled."""
+
+    config: RunConfig
+    run_id: str
+    host: Host
+    results: str
+    sweep: str
+    threads: int
+    source: Mapping[str, Any]
+    parent: tuple[int, float]
+
+
+@dataclass
+class Summary:
+    """How a sweep went.
+
+    Attributes
+    ----------
+    status : dict of str to str
+        run_id to done, diverged, failed or interrupted.
+    errors : dict of str to str
+        run_id to the one line that says why.
+    skipped : set of str
+        Runs that were finished before.
+    """
+
+    status: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
+
+    @property
+    def failed(self) -> list[str]:
+        """Ids of runs without a result."""
+        return [i for i, status in self.status.items() if status in ("failed", "interrupted")]
+
+
+class Watcher:
+    """Told about a sweep as it goes; the command line overrides what it shows."""
+
+    def started(self, todo: Sequence[Planned], skipped: int, workers: int) -> None:
+        """Before the first run."""
+
+    def tick(self, running: Sequence[RunDir]) -> None:
+        """Several times a second."""
+
+    def ended(self, one: Planned, status: str, error: str) -> None:
+        """After each run."""
+
+
+# ---- in a worker process ----------------------------------------------------------------------
+
+
+def work(task: Task) -> str:
+    """Do one run in this process; returns its status. Never raises for what the run did."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_leave_with, args=task.parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(task.threads)
+    store = Store(task.results, create=True)
+    run = store.run(task.run_id)
+    with _held(run):
+        if run.done:
+            return run.status()
+        with _logged(run):
+            return attempt(task.config, task.host, store, run, task.source, task.sweep)
+
+
+def attempt(
+    config: RunConfig,
+    host: Host,
+    store: Store,
+    run: RunDir,
+    source: Mapping[str, Any],
+    sweep: str,
+) -> str:
+    """Execute a locked run and record a failure in its folder; returns its status."""
+    from lora_lab.execution import execute
+    from lora_lab.trackers import open_mirror
+
+    mirror = open_mirror(host.tracker, config, run.run_id, sweep, store.root)
+    began = time.time()
+
+    def on_step(step: int, steps: int, values: dict[str, float]) -> None:
+        mirror.log(step, values)
+        state = {"step": step, "steps": steps, "began": began, "now": time.time(), **values}
+        run.write_progress(state)
+
+    try:
+        execute(config, host, store, run, source, on_step)
+    except Exception as error:  # whatever it was, it is this run's and no other's
+        traceback.print_exc()
+        run.fail(one_line(error), traceback.format_exc())
+        mirror.finish({}, failed=True)
+        return "failed"
+    mirror.finish(run.read_json("metrics"), failed=False)
+    return run.status()
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line for the table."""
+    text = " ".join(str(error).split()) or "no message"
+    known = isinstance(error, (WrongInput, StoreError))
+    return text if known else f"{type(error).__name__}: {text}"
+
+
+def _leave_with(pid: int, created: float) -> None:
+    """End this process when the sweep's process is gone: an orphan must not train on."""
+    while True:
+        try:
+            if psutil.Process(pid).create_time() != created:
+                os._exit(1)
+        except psutil.NoSuchProcess:
+            os._exit(1)
+        time.sleep(ORPHAN_POLL)
+
+
+@contextlib.contextmanager
+def _held(run: RunDir) -> Iterator[None]:
+    """The run's lock; while another sweep trains it, wait for that one."""
+    while True:
+        try:
+            with run.lock():
+                yield
+            return
+        except Busy:
+            time.sleep(ORPHAN_POLL)
+
+
+@contextlib.contextmanager
+def _logged(run: RunDir) -> Iterator[None]:
+    """Send everything that this process prints to the run's log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with run.log.open("ab") as log:
+        saved = os.dup(1), os.dup(2)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+            os.close(saved[0])
+            os.close(saved[1])
+
+
+def run_here(one: Planned, host: Host) -> str:
+    """Do one run (and what it starts from) in this very process; returns its status.
+
+    For launchers that isolate by themselves, and for `accelerate launch`.
+    """
+    from lora_lab.execution import source_state
+
+    store = Store(host.results, create=True)
+    for need in one.needs:
+        run_here(need, whole(host, True))
+    run = store.run(one.run_id)
+    with _held(run):
+        if left([one], store):
+            return attempt(one.config, host, store, run, source_state(), "")
+    return finished_status(store, one.run_id)
+
+
+# ---- in the sweep's process -------------------------------------------------------------------
+
+
+def in_order(planned: Iterable[Planned]) -> list[list[Planned]]:
+    """Waves of runs without doubles: what others start from is in an earlier wave."""
+    depth: dict[str, int] = {}
+    known: dict[str, Planned] = {}
+
+    def visit(one: Planned) -> int:
+        if one.run_id not in depth:
+            known[one.run_id] = one
+            depth[one.run_id] = 1 + max((visit(n) for n in one.needs), default=-1)
+        return depth[one.run_id]
+
+    for one in planned:
+        visit(one)
+    waves: list[list[Planned]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
+    for run_id, one in known.items():
+        waves[depth[run_id]].append(one)
+    return waves
+
+
+def left(planned: Iterable[Planned], store: Store) -> list[Planned]:
+    """The runs that still have to be trained.
+
+    A finished run on disk is checked against its checksums first; a corrupt one is set aside and
+    counts as not done.
+
+    Raises
+    ------
+    WrongInput
+        When a default has changed in the code since a finished run of the same id.
+    """
+    stored, packed = store.stored_configs(), store.packed_ids()
+    finished, todo = store.finished(), []
+    for one in planned:
+        if one.run_id in finished:
+            name = changed_default(one.config, stored.get(one.run_id, {}))
+            if name is not None:
+                raise WrongInput(
+                    f"the default of {name} has changed since run {one.run_id} was made; give "
+                    f"{name}=… explicitly, or use a new results folder (--results DIR)."
+                )
+            run = store.run(one.run_id)
+            bad = run.verify() if run.done else []
+            if not bad:
+                continue
+            run.quarantine(f"checksum of {', '.join(bad)} differs")
+            if one.run_id in packed:
+                continue
+        todo.append(one)
+    return todo
+
+
+def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -> Summary:
+    """Do every run that is not done yet.
+
+    Parameters
+    ----------
+    name : str
+        Under which the results folder notes which runs belong together.
+    planned : sequence of Planned
+    host : Host
+        `workers` processes at once, `threads` each.
+    watcher : Watcher
+
+    Raises
+    ------
+    WrongInput
+        Before anything is made.
+    KeyboardInterrupt
+        After the workers were stopped; what was done stays.
+    """
+    from lora_lab.execution import source_state
+
+    waves = in_order(planned)
+    every = [one for wave in waves for one in wave]
+    if len(every) > MANY and not host.yes:
+        raise WrongInput(
+            f"{name} has {len(every)} runs, more than {MANY}; look at `lora-lab plan {name}` and "
+            "add host.yes=true."
+        )
+    store = Store(host.results, create=True)
+    todo = {one.run_id for one in left(every, store)}
+    store.write_sweep(name, [one.run_id for one in planned])
+    summary = Summary(skipped={one.run_id for one in every} - todo)
+    cores = os.cpu_count() or 1
+    workers = min(host.workers or cores, max(len(todo), 1))
+    threads = host.threads or max(1, cores // (host.workers or cores))
+    watcher.started([one for one in every if one.run_id in todo], len(summary.skipped), workers)
+    if todo:
+        source, me = source_state(), (os.getpid(), psutil.Process().create_time())
+        needed = {need.run_id for one in every for need in one.needs}
+        with _pool(workers) as pool:
+            for wave in waves:
+                ready = [
+                    one
+                    for one in wave
+                    if one.run_id in todo
+                    and not any(need.run_id in summary.failed for need in one.needs)
+                ]
+                _wave(
+                    pool,
+                    [
+                        (
+                            one,
+                            Task(
+                                one.config,
+                                one.run_id,
+                                whole(host, one.run_id in needed),
+                                str(store.root),
+                                name,
+                                threads,
+                                source,
+                                me,
+                            ),
+                        )
+                        for one in ready
+                    ],
+                    store,
+                    watcher,
+                    summary,
+                )
+    for one in every:
+        if one.run_id in summary.skipped:
+            summary.status[one.run_id] = finished_status(store, one.run_id)
+        elif one.run_id not in summary.status:
+            _end(summary, watcher, one, "interrupted", "a run that it starts from has no result")
+    measure_missing(store)
+    return summary
+
+
+def finished_status(store: Store, run_id: str) -> str:
+    """Status of a run that is done on disk or packed in the ledger."""
+    run = store.run(run_id)
+    return run.status() if run.done else "done"
+
+
+def whole(host: Host, needed: bool) -> Host:
+    """A run that others start from keeps its update whole."""
+    return dataclasses.replace(host, keep=Keep.all) if needed else host
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPool]:
+    """Worker processes of one task each; they are gone when this returns, whatever happened."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    pool = ProcessPool(max_workers=workers, max_tasks=1, context=context)
+    try:
+        yield pool
+        pool.close()
+    except BaseException:
+        pool.stop()
+        raise
+    finally:
+        pool.join()
+
+
+def _wave(
+    pool: ProcessPool,
+    tasks: Sequence[tuple[Planned, Task]],
+    store: Store,
+    watcher: Watcher,
+    summary: Summary,
+) -> None:
+    """Run tasks that do not wait for each other."""
+    waiting: dict[concurrent.futures.Future[Any], tuple[Planned, Task]] = {
+        pool.schedule(work, args=[task], timeout=task.host.timeout * 3600): (one, task)
+        for one, task in tasks
+    }
+    while waiting:
+        ended, _ = concurrent.futures.wait(waiting, timeout=0.25, return_when="FIRST_COMPLETED")
+        for future in ended:
+            one, task = waiting.pop(future)
+            _end(summary, watcher, one, *_outcome(future, store.run(task.run_id), task.host))
+        watcher.tick([store.run(task.run_id) for _, task in waiting.values()])
+
+
+def _outcome(future: concurrent.futures.Future[Any], run: RunDir, host: Host) -> tuple[str, str]:
+    """Status of a run whose process has ended, and the line that says why."""
+    try:
+        status = future.result()
+        return status, run.record().error or ""
+    except FutureTimeout:
+        reason = f"no end after host.timeout={host.timeout:g} hours"
+        with contextlib.suppress(Busy), run.lock():
+            run.fail(reason)
+        return "failed", reason
+    except ProcessExpired as error:
+        return "interrupted", f"its process died (exit code {error.exitcode})"
+    except Exception as error:
+        # An error outside of the run itself: its folder could not be made, for example.
+        return "failed", one_line(error)
+
+
+def _end(summary: Summary, watcher: Watcher, one: Planned, status: str, error: str) -> None:
+    summary.status[one.run_id] = status
+    if error:
+        summary.errors[one.run_id] = error
+    watcher.ended(one, status, error)
