@@ -220,9 +220,7 @@ def _no_key(key: str, cfg: DictConfig, groups: Mapping[str, str]) -> WrongInput:
             f"{owner} has no key {name!r}; its keys: {listed}.{did_you_mean(name, keys)}"
         )
     top = [str(k) for k in cfg] + ["size"]
-    every = [
-        f"{g}.{k}" for g in map(str, cfg) if isinstance(cfg[g], DictConfig) for k in cfg[g]
-    ] + top
+    inside = [f"{g}.{k}" for g in map(str, cfg) if isinstance(cfg[g], DictConfig) for k in cfg[g]]
     return WrongInput(
         f"unknown key {key!r}; groups: {', '.join(top)}.{did_you_mean(key, top + inside)}"
     )
