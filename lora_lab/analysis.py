@@ -157,6 +157,7 @@ def measure_run(
         chosen = [name for name in chosen if "W0" not in MEASURES[name].needs]
     about = run.read_json("layers")
     sigma = run.read_table("spectra")
+    last = sigma["step"].max()
     out = []
     for (step, name), group in sigma.groupby(["step", "layer"], sort=False):
         layer = str(name)
@@ -164,7 +165,8 @@ def measure_run(
         spectrum = Spectrum.of_values(
             group["sigma"], tuple(known["shape"]), known["made_in"], known["r"]
         )
-        W0 = None if base is None else base[layer].astype(np.float64)
+        # Against the base only at the end: a norm of W0 costs more than all other measures.
+        W0 = None if base is None or step < last else base[layer].astype(np.float64)
         out += [{"step": step, **row} for row in rows(layer, spectrum, W0, chosen)]
     run.write_measures(pd.DataFrame(out), chosen)
 

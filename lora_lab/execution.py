@@ -124,6 +124,7 @@ def execute(
             run.write_table("oracle", pd.DataFrame(oracle))
     except Diverged as error:
         metrics |= {"status": "diverged", "error": str(error)}
+    run.write_json("provenance", where | {"data_hash": setup.problem.fingerprint})
     done = trainer.progress
     traces = pd.DataFrame(done.traces, columns=["step", "layer", "trace", "value"])
     run.write_table("traces", traces)
@@ -137,8 +138,7 @@ def execute(
             "train_seconds": done.seconds,
             "samples_per_second": done.examples / done.seconds if done.seconds else math.nan,
             "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
-            "data_hash": setup.problem.fingerprint,
-            "seconds": time.perf_counter() - began,
+                "seconds": time.perf_counter() - began,
         },
     )
     run.seal()

@@ -62,8 +62,9 @@ class Adapted(nn.Module, ABC):
 
     def _watch(self, x: torch.Tensor, D: torch.Tensor) -> None:
         """Add DᵀX: the gradient of the implicit weight, in the dtype in which autograd would."""
-        G = (D.flatten(0, -2).T @ x.flatten(0, -2).to(D.dtype)).to(self.wide)
-        self._gradient = G if self._gradient is None else self._gradient + G
+        G = D.flatten(0, -2).T @ x.flatten(0, -2).to(D.dtype)
+        # One micro-batch needs no wide copy: norms are taken in float32 or wider anyway.
+        self._gradient = G if self._gradient is None else self._gradient.to(self.wide) + G
 
     def implicit_gradient(self) -> torch.Tensor | None:
         """G = ∂L/∂(W0 + dW), (out, in), summed over the micro-batches since `forget`.

@@ -21,16 +21,15 @@ class MiniLM(TextModel, ModelConfig):
     Attributes
     ----------
     pooling : Pooling
-        Token states to one vector; the first token by default, whose probe leaves the most for
-        fine-tuning to do.
+        Token states to one vector; the mean by default, with which this model was pretrained.
     max_tokens : int
         Longer texts are cut.
     """
 
-    pooling: Pooling = Pooling.cls
+    pooling: Pooling = Pooling.mean
     max_tokens: int = 128
 
-    full_rate: ClassVar[float] = 1e-4
+    full_rate: ClassVar[float] = 2e-4
 
     def __post_init__(self) -> None:
         need(4 <= self.max_tokens <= 512, "model.max_tokens", "in [4, 512]", self.max_tokens)

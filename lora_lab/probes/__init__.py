@@ -62,7 +62,8 @@ def step_trace(values: Callable[[Moment], Values]) -> Probe:
 
 def norm(gradient: torch.Tensor) -> torch.Tensor:
     """Frobenius norm in float32 or wider."""
-    return torch.linalg.vector_norm(gradient.detach())
+    wide = torch.promote_types(torch.float32, gradient.dtype)
+    return torch.linalg.vector_norm(gradient.detach(), dtype=wide)
 
 
 def factor_norms(moment: Moment, which: int) -> Values:

@@ -162,6 +162,25 @@ def read_bytes(path: Path, allowed: Collection[str] | None = None) -> bytes:
     return data
 
 
+def write_sealed(path: Path, data: bytes) -> None:
+    """Write a file that starts with the digest of the rest, where no manifest keeps it."""
+    write_bytes(path, bytes.fromhex(digest(data)) + data)
+
+
+def read_sealed(path: Path) -> bytes:
+    """What `write_sealed` wrote, checked.
+
+    Raises
+    ------
+    Corrupt
+        When it is missing, unreadable or differs from its digest.
+    """
+    whole = read_bytes(path)
+    if bytes.fromhex(digest(whole[32:])) != whole[:32]:
+        raise Corrupt(f"{path} differs from its checksum")
+    return whole[32:]
+
+
 def encode_json(value: Any, indent: int | None = 2) -> bytes:
     """JSON as bytes; numpy scalars become numbers, NaN and infinities null (missing)."""
     return (json.dumps(_strict(value), ensure_ascii=False, indent=indent) + "\n").encode()

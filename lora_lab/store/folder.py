@@ -94,12 +94,15 @@ class Store:
         """Keep base weights that several runs share, once."""
         path = self.cache / f"base-{key}.safetensors"
         if not path.exists():
-            files.write_bytes(path, files.encode_tensors(tensors))
+            files.write_sealed(path, files.encode_tensors(tensors))
 
     def read_base(self, key: str) -> dict[str, np.ndarray] | None:
-        """Base weights by layer; None when the cache does not hold them (any more)."""
+        """Base weights by layer; None when the cache does not hold them whole (any more)."""
         path = self.cache / f"base-{key}.safetensors"
-        return files.decode_tensors(files.read_bytes(path), path) if path.exists() else None
+        try:
+            return files.decode_tensors(files.read_sealed(path), path)
+        except Corrupt:
+            return None
 
     # ---- runs ------------------------------------------------------------------------------
 

@@ -34,17 +34,13 @@ class Work:
     def write_checkpoint(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint: tensors, and a state of JSON types, in one file."""
         body = files.encode_tensors(tensors, {STATE: json.dumps(state)})
-        sealed = bytes.fromhex(files.digest(body)) + body
-        files.write_bytes(self.folder / CHECKPOINT, sealed)
+        files.write_sealed(self.folder / CHECKPOINT, body)
 
     def read_checkpoint(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """The checkpoint; None when there is none, or when it is not sound (training restarts)."""
         path = self.folder / CHECKPOINT
         try:
-            sealed = files.read_bytes(path)
-            digest, body = sealed[:32], sealed[32:]
-            if bytes.fromhex(files.digest(body)) != digest:
-                return None
+            body = files.read_sealed(path)
             length = int.from_bytes(body[:8], "little")
             state = json.loads(json.loads(body[8 : 8 + length])["__metadata__"][STATE])
             tensors = files.decode_tensors(body, path)
