@@ -227,6 +227,7 @@ class Host:
     yes: bool = False
 
     def __post_init__(self) -> None:
+        need(bool(self.results.strip()), "host.results", "a folder", "nothing")
         for name in ("workers", "threads"):
             value = getattr(self, name)
             need(value is None or value >= 1, f"host.{name}", "at least 1 (or null)", value)
@@ -278,7 +279,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in sorted(value.items())}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return value
@@ -315,6 +316,9 @@ def _hashed(config: Any) -> dict[str, Any]:
             # 1 and 1.0 are the same number and must be the same run.
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             out[f.name] = float(value) if number else plain(value)
+            if isinstance(value, dict):
+                # The first pattern that matches wins: other orders are other runs.
+                out[f.name] = [[str(k), plain(v)] for k, v in value.items()]
     return out
 
 
@@ -370,4 +374,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 def literal_path(text: str) -> Path:
     """A user's path with `~` expanded; nothing else in it has a meaning."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # `~name` of nobody on this machine is a name like any other
+        return Path(text)

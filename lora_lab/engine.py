@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,10 +26,12 @@ from pebble import ProcessExpired, ProcessPool
 from lora_lab.analysis import measure_missing
 from lora_lab.config import Host, Keep, RunConfig, changed_default
 from lora_lab.hydra_bridge import Planned
+from lora_lab.orphans import POLL, leave_with
 from lora_lab.registry import WrongInput
 from lora_lab.store import Busy, RunDir, Store, StoreError
 
 PRELOAD = [
+    "lora_lab.orphans",
     "lora_lab.execution",
     "lora_lab.models.minilm",
     "lora_lab.models.planted",
@@ -40,14 +41,12 @@ PRELOAD = [
     "lora_lab.data.rotten_tomatoes",
     "lora_lab.trackers.wandb",
     "transformers.models.bert.modeling_bert",
+    "torch._dynamo",  # every optimizer imports it when it is made
 ]
 """What the fork server imports once; nothing of it computes at import."""
 
 MANY = 200
 """Runs above which a sweep wants `host.yes=true`."""
-
-ORPHAN_POLL = 0.5
-"""Seconds between two looks of a worker at its sweep's process."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,9 @@ class Watcher:
 def work(task: Task) -> str:
     """Do one run in this process; returns its status. Never raises for what the run did."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_leave_with, args=task.parent, daemon=True).start()
+    # At once, even inside a long product: a run can be cut off anywhere.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    leave_with(*task.parent)
     import torch
 
     torch.set_num_threads(task.threads)
@@ -144,6 +145,9 @@ def attempt(
         execute(config, host, store, run, source, on_step)
     except Exception as error:  # whatever it was, it is this run's and no other's
         traceback.print_exc()
+        if run.done:  # only its measures are missing, and those can be taken later
+            mirror.finish(run.read_json("metrics"), failed=False)
+            return run.status()
         run.fail(one_line(error), traceback.format_exc())
         mirror.finish({}, failed=True)
         return "failed"
@@ -158,17 +162,6 @@ def one_line(error: BaseException) -> str:
     return text if known else f"{type(error).__name__}: {text}"
 
 
-def _leave_with(pid: int, created: float) -> None:
-    """End this process when the sweep's process is gone: an orphan must not train on."""
-    while True:
-        try:
-            if psutil.Process(pid).create_time() != created:
-                os._exit(1)
-        except psutil.NoSuchProcess:
-            os._exit(1)
-        time.sleep(ORPHAN_POLL)
-
-
 @contextlib.contextmanager
 def _held(run: RunDir) -> Iterator[None]:
     """The run's lock; while another sweep trains it, wait for that one."""
@@ -178,7 +171,7 @@ def _held(run: RunDir) -> Iterator[None]:
                 yield
             return
         except Busy:
-            time.sleep(ORPHAN_POLL)
+            time.sleep(POLL)
 
 
 @contextlib.contextmanager
@@ -213,8 +206,9 @@ def run_here(one: Planned, host: Host) -> str:
         run_here(need, whole(host, True))
     run = store.run(one.run_id)
     with _held(run):
-        if left([one], store):
-            return attempt(one.config, host, store, run, source_state(), "")
+        if not run.done and left([one], store):
+            with _logged(run):
+                return attempt(one.config, host, store, run, source_state(), "")
     return finished_status(store, one.run_id)
 
 

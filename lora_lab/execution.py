@@ -138,7 +138,7 @@ def execute(
             "train_seconds": done.seconds,
             "samples_per_second": done.examples / done.seconds if done.seconds else math.nan,
             "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
-                "seconds": time.perf_counter() - began,
+            "seconds": time.perf_counter() - began,
         },
     )
     run.seal()

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
 
 from lora_lab import engine
-from lora_lab.store import load
 
 SMALL = (
     "model=planted",
@@ -42,7 +38,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["lora_lab.cli", "lora_lab.engine", "lora_lab.display", "lora_lab.execution"]
     + [f"lora_lab.adapters.{name}" for name in ("full", "head", "lora")]
-    + ["lora_lab.models.planted", "lora_lab.data.planted"]
+    + ["lora_lab.models.planted", "lora_lab.data.planted", "torch._dynamo"]
 )
 
 

@@ -173,8 +173,10 @@ def test_adapter_dropout_acts_in_training_only_and_on_the_update_only() -> None:
 def test_an_init_is_zero_reproducible_and_of_its_stated_variance(init: str) -> None:
     A, B = INITS[init](96, 400, 50, torch.Generator().manual_seed(1))
     again, _ = INITS[init](96, 400, 50, torch.Generator().manual_seed(1))
-    assert A.shape == (50, 400) and B.shape == (96, 50)
-    assert float(B.abs().max()) == 0 and torch.equal(A, again)
+    assert A.shape == (50, 400)
+    assert B.shape == (96, 50)
+    assert float(B.abs().max()) == 0
+    assert torch.equal(A, again)
     variance = {"kaiming": 1 / (3 * 400), "normal": 1 / 50}[init]
     assert float(A.var()) == pytest.approx(variance, rel=0.05)
 

@@ -51,8 +51,13 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: torch.Tensor, W0: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor,
-        B: torch.Tensor, scale: float,
+        ctx: Any,
+        x: torch.Tensor,
+        W0: torch.Tensor,
+        bias: torch.Tensor | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
         rows = x.flatten(0, -2)
         a, b = A.to(x.dtype), (scale * B).to(x.dtype)
@@ -141,7 +146,7 @@ class LoRA(AdapterConfig):
     r_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    rate: ClassVar[float] = 10.0
+    rate: ClassVar[float] = 5.0
 
     def __post_init__(self) -> None:
         need(self.r >= 1, "adapter.r", "at least 1", self.r)
