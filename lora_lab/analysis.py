@@ -6,6 +6,7 @@ Knows updates, spectra and measures; never models, data, adapters or training.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lora_lab.linalg import Spectrum, Update, decompose
 from lora_lab.linalg.factored import Array
 from lora_lab.linalg.spectrum import need_finite
 from lora_lab.measures import MEASURES, Measure
-from lora_lab.store import RunDir, Store
+from lora_lab.store import Busy, Corrupt, RunDir, Store
 
 COLUMNS = ("layer", "module", "depth", "measure", "k", "side", "value")
 """Columns of `analyze`, beside `flag`."""
@@ -174,6 +175,9 @@ def measure_run(
 def measure_missing(store: Store) -> dict[str, list[str]]:
     """Take what is missing of every finished run on disk, without training.
 
+    A run that another process holds is measured there. One with a corrupt file is left out with a
+    warning: its sweep trains it again.
+
     Returns
     -------
     dict of str to list of str
@@ -181,16 +185,26 @@ def measure_missing(store: Store) -> dict[str, list[str]]:
     """
     done = {}
     for run_id in store.run_ids():
-        run = store.run(run_id)
-        if run.status() != "done" or not run.has_json("layers"):
+        try:
+            taken = _measure_missing(store, store.run(run_id))
+        except Busy:
             continue
-        missing = sorted(set(MEASURES) - run.measured())
-        if not missing:
+        except Corrupt as error:
+            warnings.warn(f"{error}; not measured", stacklevel=2)
             continue
+        if taken:
+            done[run_id] = taken
+    return done
+
+
+def _measure_missing(store: Store, run: RunDir) -> list[str]:
+    if run.status() != "done" or not run.has_json("layers"):
+        return []
+    missing = sorted(set(MEASURES) - run.measured())
+    if missing:
         model = run.read_json("config")["config"]["model"]
         key = base_key(
             run.read_json("provenance")["model_hash"], model["start"], run.read_json("layers")
         )
         measure_run(run, store.read_base(key), missing)
-        done[run_id] = missing
-    return done
+    return missing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,26 +27,29 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage and leaving."""
         raise WrongInput(f"{message.replace(chr(10), ' ')}. See {self.prog} --help.")
 
 
-def parser() -> Parser:
-    """All commands and their options."""
+def parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `lora-lab` and those of its commands, by name."""
     top = Parser(
         prog="lora-lab",
         description="What does fine-tuning do to a weight, and how much rank does it need?",
         allow_abbrev=False,
     )
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    adder = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    commands: dict[str, Parser] = {}
 
-    def add(name: str, about: str, run: Any, results: bool = True) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+    def add(name: str, about: str, run: Any, results: bool = True) -> Parser:
+        one = adder.add_parser(name, help=about, description=about, allow_abbrev=False)
+        commands[name] = one
         one.set_defaults(run=run)
         if results:
             one.add_argument("--results", metavar="DIR", help="results folder (default: ./results)")
         return one
 
-    def overrides(one: argparse.ArgumentParser) -> None:
+    def overrides(one: Parser) -> None:
         one.add_argument(
             "overrides",
             nargs="*",
@@ -60,7 +64,7 @@ def parser() -> Parser:
         ("plan", "what a sweep would run: count, time, disk, memory", plan),
     ):
         one = add(name, about, run)
-        one.add_argument("name", metavar="NAME", help="a file of conf/sweep")
+        one.add_argument("name", metavar="NAME", nargs="?", help="a file of conf/sweep")
         overrides(one)
     add("measure", "take missing measures of finished runs, without training", measure)
     add("pack", "write finished runs' tables to results/ledger", pack_runs)
@@ -74,43 +78,43 @@ def parser() -> Parser:
     how = one.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="one JSON list of rows on stdout")
     how.add_argument("--out", metavar="FILE", help="write rows to .parquet or .csv")
-    return top
+    return top, commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 some runs failed, 2 wrong input."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        top = parser()
-        names = list(top._subparsers._group_actions[0].choices)  # type: ignore[union-attr,arg-type]
-        word = next((a for a in argv if not a.startswith("-")), None)
-        if word is not None and word not in names:
-            raise WrongInput(
-                f"unknown command {word!r}; commands: {', '.join(names)}."
-                f"{did_you_mean(word, names)}"
-            )
-        given = top.parse_args(argv)
-        if given.command is None:
+        top, commands = parser()
+        if not argv or argv[0] in ("-h", "--help"):
             top.print_help()
             return OK
+        word = argv[0]
+        if word not in commands:
+            what = "the command comes first; got" if word.startswith("-") else "unknown command"
+            raise WrongInput(
+                f"{what} {word!r}; commands: {', '.join(commands)}.{did_you_mean(word, commands)}"
+            )
+        # Intermixed: overrides may also stand after an option.
+        given = commands[word].parse_intermixed_args(argv[1:])
         return int(given.run(given))
-    except (WrongInput, StoreError) as error:
-        print(f"lora-lab: {' '.join(str(error).split())}", file=sys.stderr)
-        return WRONG if isinstance(error, WrongInput) else FAILED
-    except KeyboardInterrupt:
-        again = " ".join(["lora-lab", *argv])
-        print(f"stopped; what was done stays. Resume with: {again}", file=sys.stderr)
-        return STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except (WrongInput, StoreError, OSError) as error:
+        print(f"lora-lab: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG if isinstance(error, WrongInput) else FAILED
+    except KeyboardInterrupt:
+        again = shlex.join(["lora-lab", *argv])
+        print(f"stopped; what was done stays. Resume with: {again}", file=sys.stderr)
+        return STOPPED
 
 
 def console() -> Console:
     """Where people read: tables go here."""
     screen = Console(highlight=False)
-    if not screen.is_terminal:
-        screen.width = 200  # a file or a pipe has no width to keep to
+    if not screen.is_terminal and "COLUMNS" not in os.environ:
+        screen.width = 1000  # a file or a pipe has no width to keep to
     return screen
 
 
@@ -126,9 +130,9 @@ def host_overrides(given: argparse.Namespace) -> list[str]:
 
 def results_of(given: argparse.Namespace) -> Path:
     """The results folder of a command that takes no overrides."""
-    from lora_lab.config import literal_path
+    from lora_lab.config import Host, literal_path
 
-    return literal_path(given.results or "results")
+    return literal_path(Host().results if given.results is None else Host(given.results).results)
 
 
 # ---- commands that train ----------------------------------------------------------------------
@@ -137,38 +141,35 @@ SWEEP_DEFAULTS = ["host.keep=top"]
 """Sweeps keep the leading directions and the exact spectrum of full updates, not all of them."""
 
 
-def _planned(name: str, words: list[str]) -> tuple[list[Planned], Host]:
+def _planned(name: str | None, words: list[str]) -> tuple[list[Planned], Host]:
+    from lora_lab.hydra_bridge import choices, preset
     from lora_lab.hydra_bridge import plan as make_plan
-    from lora_lab.hydra_bridge import preset
 
+    if name is None:
+        raise WrongInput(f"a sweep needs a NAME: {', '.join(choices('sweep'))}.")
     return make_plan(preset(name), words, SWEEP_DEFAULTS)
 
 
 def _run(name: str, planned: list[Planned], host: Host) -> int:
     """Sweep, with a display, and end with the table of its runs."""
     from lora_lab import engine
-    from lora_lab.display import Display, summary_table
+    from lora_lab.progress import Display, show
 
     screen = console()
     with Display(screen) as display:
         summary = engine.sweep(name, planned, host, display)
-    screen.print(summary_table(load(host.results), planned, summary))
-    bad = [i for i, s in summary.status.items() if s != "done"]
-    for run_id in bad:
-        screen.print(
-            f"{summary.status[run_id]} {run_id}: {summary.errors.get(run_id, '')}"
-            f" (log: {Path(host.results) / 'runs' / run_id / 'log.txt'})",
-            markup=False,
-        )
+    show(screen, summary, host)
     return FAILED if summary.failed else OK
 
 
 def sweep(given: argparse.Namespace) -> int:
+    """Run what is missing of a preset."""
     planned, host = _planned(given.name, host_overrides(given))
     return _run(given.name, planned, host)
 
 
 def train(given: argparse.Namespace) -> int:
+    """Run one config, or the combinations of a few values."""
     from lora_lab.hydra_bridge import plan as make_plan
 
     planned, host = make_plan([[]], host_overrides(given))
@@ -176,6 +177,7 @@ def train(given: argparse.Namespace) -> int:
 
 
 def demo(given: argparse.Namespace) -> int:
+    """The preset `demo`, then the report."""
     planned, host = _planned("demo", host_overrides(given))
     code = _run("demo", planned, host)
     _report(Path(host.results))
@@ -183,6 +185,7 @@ def demo(given: argparse.Namespace) -> int:
 
 
 def plan(given: argparse.Namespace) -> int:
+    """Show what a preset would run."""
     from lora_lab.display import plan_table
 
     planned, host = _planned(given.name, host_overrides(given))
@@ -194,21 +197,25 @@ def plan(given: argparse.Namespace) -> int:
 
 
 def measure(given: argparse.Namespace) -> int:
+    """Take missing measures."""
     from lora_lab.analysis import measure_missing
 
     done = measure_missing(Store(results_of(given)))
     names = sorted({name for taken in done.values() for name in taken})
-    print(f"{len(done)} runs measured" + (f": {', '.join(names)}" if names else ""))
+    what = f"{', '.join(names)}: taken of {len(done)} runs"
+    print(what if done else "nothing to measure: every finished run has every measure")
     return OK
 
 
 def pack_runs(given: argparse.Namespace) -> int:
+    """Write the ledger."""
     for path in pack(Store(results_of(given))):
-        print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+        print(f"{path} ({path.stat().st_size / 1e3:.1f} kB)")
     return OK
 
 
 def status(given: argparse.Namespace) -> int:
+    """Count runs by status."""
     from lora_lab.display import status_lines
 
     store = Store(results_of(given))
@@ -218,13 +225,16 @@ def status(given: argparse.Namespace) -> int:
 
 
 def runs(given: argparse.Namespace) -> int:
+    """Show the table of runs."""
     from lora_lab.display import runs_table
 
-    console().print(runs_table(load(results_of(given)).runs))
+    screen, found = console(), load(results_of(given)).runs
+    screen.print(runs_table(found, screen.width) if len(found) else "no runs yet")
     return OK
 
 
 def report(given: argparse.Namespace) -> int:
+    """Write the report."""
     _report(results_of(given))
     return OK
 
@@ -236,24 +246,31 @@ def _report(results: Path) -> None:
 
 
 def analyze(given: argparse.Namespace) -> int:
+    """Measure weights from outside."""
     from lora_lab.analysis import analyze as table_of
 
-    if given.tuned is None and given.adapter is None:
-        raise WrongInput("analyze needs --tuned DIR (with --base DIR) or --adapter DIR.")
-    if given.out is not None and Path(given.out).suffix not in (".parquet", ".csv"):
+    if (given.tuned is None) == (given.adapter is None):
+        raise WrongInput("analyze needs either --base DIR --tuned DIR or --adapter DIR.")
+    if given.tuned is not None and given.base is None:
+        raise WrongInput("--tuned DIR needs --base DIR, the model that it was tuned from.")
+    out = None if given.out is None else Path(given.out)
+    if out is not None and out.suffix not in (".parquet", ".csv"):
         raise WrongInput(f"--out must end in .parquet or .csv; got {given.out!r}.")
+    if out is not None and not out.parent.is_dir():
+        raise WrongInput(f"--out must be in an existing folder; {str(out.parent)!r} is none.")
     table = table_of(base=given.base, tuned=given.tuned, adapter=given.adapter)
     if given.json:
         rows = table.astype(object).where(table.notna(), None).to_dict("records")
         print(json.dumps(rows, allow_nan=False))
-    elif given.out is not None:
-        write = table.to_parquet if given.out.endswith(".parquet") else table.to_csv
-        write(given.out, index=False)
-        print(f"{len(table)} rows: {given.out}", file=sys.stderr)
+    elif out is not None:
+        write = table.to_parquet if out.suffix == ".parquet" else table.to_csv
+        write(out, index=False)
+        print(f"{len(table)} rows: {out}", file=sys.stderr)
     else:
         from lora_lab.display import layer_table
 
-        console().print(layer_table(table))
+        screen = console()
+        screen.print(layer_table(table, screen.width))
     return OK
 
 

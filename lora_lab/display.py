@@ -1,91 +1,31 @@
-"""What the terminal shows: the live progress of a sweep, and tables of runs and layers."""
+"""Tables for the terminal: runs, layers, plans. Reads the store only, and imports no torch."""
 
 from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from lora_lab.config import Host, as_dict, choice, flat
-from lora_lab.engine import Summary, Watcher
-from lora_lab.hydra_bridge import Planned
-from lora_lab.store import RunDir, Store, Tables, load
+from lora_lab.store import Store, Tables, load
 
-
-def described(one: Planned) -> str:
-    """A run in a few words: method, rank, scale rule, seed."""
-    adapter = one.config.adapter
-    parts = [choice(adapter)]
-    for name in ("r", "alpha"):
-        if hasattr(adapter, name):
-            parts.append(f"{name}={getattr(adapter, name):g}")
-    return " ".join([*parts, f"seed={one.config.seed}"])
-
-
-class Display(Watcher):
-    """Progress of a sweep: one live line on a terminal, a line for each run elsewhere."""
-
-    def __init__(self, screen: Console) -> None:
-        self.screen = screen
-        self.total = self.done = 0
-        self.began = time.monotonic()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=screen,
-            disable=not screen.is_terminal,
-            transient=True,
-        )
-        self.bar = self.progress.add_task("runs", total=None, note="")
-
-    def __enter__(self) -> Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def started(self, todo: Sequence[Planned], skipped: int, workers: int) -> None:
-        self.total, self.began = len(todo), time.monotonic()
-        self.progress.update(self.bar, total=len(todo))
-        self.screen.print(f"{len(todo)} runs to do, {skipped} already done, {workers} at once")
-
-    def tick(self, running: Sequence[RunDir]) -> None:
-        if not self.screen.is_terminal:
-            return
-        shares = [p["step"] / p["steps"] for run in running if (p := run.read_progress())]
-        passed, ahead = self.done + sum(shares), self.total - self.done - sum(shares)
-        spent = time.monotonic() - self.began
-        note = f"about {spent / passed * ahead / 60:.1f} min left" if passed > 0.2 else ""
-        self.progress.update(self.bar, completed=self.done, note=note)
-
-    def ended(self, one: Planned, status: str, error: str) -> None:
-        self.done += 1
-        self.progress.update(self.bar, completed=self.done)
-        took = f"{time.monotonic() - self.began:.0f} s"
-        text = f"[{self.done}/{self.total}] {took} {one.run_id} {described(one)}: {status} {error}"
-        self.screen.print(Text(text.rstrip()))
-
+if TYPE_CHECKING:
+    from lora_lab.hydra_bridge import Planned
 
 SHOWN = {
     "run_id": "run",
     "adapter": "method",
     "adapter.r": "r",
     "adapter.alpha": "α",
-    "adapter.scaling": "scaling",
     "train.lr": "lr",
     "seed": "seed",
     "status": "status",
@@ -94,7 +34,10 @@ SHOWN = {
     "samples_per_second": "ex/s",
     "seconds": "s",
 }
-"""Columns of the runs table, and their headings."""
+"""Columns of the runs table, and their headings; others that differ between runs are added."""
+
+FIRST_TO_GO = ("samples_per_second", "seconds", "trainable_percent", "train.lr")
+"""Columns that a narrow window leaves out first, after those that were added."""
 
 DIGITS = {
     "score": "{:.3f}",
@@ -104,32 +47,75 @@ DIGITS = {
 }
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "run"), counted(2, "run")
+    ('1 run', '2 runs')
+    """
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> duration(40), duration(600), duration(9000)
+    ('40 s', '10 min', '2.5 hours')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
 def cell(column: str, value: Any) -> Text:
     """One value as text; missing is empty. Never markup: names come from users."""
     if value is None or (not isinstance(value, str) and pd.isna(value)):
         return Text("")
     if isinstance(value, float):
-        return Text(DIGITS.get(column, "{:g}").format(value))
+        return Text((DIGITS.get(column, "{:g}") if abs(value) < 1e6 else "{:.3g}").format(value))
     return Text(str(value))
 
 
-def runs_table(runs: pd.DataFrame) -> Table:
-    """The table of runs, best known columns first."""
-    table = Table(box=box.SIMPLE_HEAD)
-    columns = [c for c in SHOWN if c in runs.columns and runs[c].notna().any()]
-    for column in columns:
-        numeric = pd.api.types.is_numeric_dtype(runs[column]) or column == "adapter.r"
-        table.add_column(SHOWN[column], justify="right" if numeric else "left")
-    order = [c for c in ("adapter", "adapter.r", "adapter.alpha", "seed") if c in runs.columns]
-    for _, row in runs.sort_values(order).iterrows():
-        table.add_row(*(cell(column, row[column]) for column in columns))
+def fits(table: Table, width: int) -> bool:
+    """Whether a table is shown whole in so many columns."""
+    wide = Console(width=10_000)
+    return Measurement.get(wide, wide.options, table).maximum <= width
+
+
+def runs_table(runs: pd.DataFrame, width: int) -> Table:
+    """The table of runs, whole columns only.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        As `Tables.runs`.
+    width : int
+        Characters in a line. Where they do not suffice, the less important columns are left out.
+    """
+    order = [c for c in ("adapter", "adapter.r", "adapter.alpha", "seed") if c in runs]
+    runs = runs.sort_values(order)
+    known = [c for c in SHOWN if c in runs and runs[c].notna().any()]
+    own = [c for c in map(str, runs) if c in ("model", "data") or ("." in c and c not in SHOWN)]
+    added = [c for c in own if runs[c].nunique() > 1]
+    at = known.index("seed") if "seed" in known else len(known)
+    columns = [*known[:at], *added, *known[at:]]
+    for gone in ["", *reversed(added), *FIRST_TO_GO]:
+        columns = [c for c in columns if c != gone]
+        table = _table(runs, columns)
+        if fits(table, width):
+            break
     return table
 
 
-def summary_table(tables: Tables, planned: Iterable[Planned], summary: Summary) -> Table:
-    """The runs of one sweep after it."""
-    ids = {one.run_id for one in planned}
-    return runs_table(tables.runs[tables.runs["run_id"].isin(ids)])
+def _table(runs: pd.DataFrame, columns: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        numeric = pd.api.types.is_numeric_dtype(runs[column])
+        heading = SHOWN.get(column, column.rpartition(".")[2])
+        table.add_column(Text(heading), justify="right" if numeric else "left")
+    for _, row in runs.iterrows():
+        table.add_row(*(cell(column, row[column]) for column in columns))
+    return table
 
 
 def status_lines(store: Store, tables: Tables) -> list[str]:
@@ -148,62 +134,74 @@ def status_lines(store: Store, tables: Tables) -> list[str]:
     return lines
 
 
-LAYER_MEASURES = ("effective_rank", "stable_rank", "energy_rank", "norm", "update_ratio")
+LAYER_MEASURES = ("effective_rank", "stable_rank", "energy_rank", "update_ratio", "norm")
 
 
-def layer_table(table: pd.DataFrame) -> Table:
-    """The main measures of each layer; `--json` and `--out` give all rows."""
-    shown = Table(box=box.SIMPLE_HEAD, caption="all measures: --json or --out FILE")
-    shown.add_column("layer")
+def layer_table(table: pd.DataFrame, width: int) -> Table:
+    """The main measures of each layer; `--json` and `--out` give all rows.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `analysis.analyze` gives it.
+    width : int
+        Characters in a line; measures that do not fit whole are left out.
+    """
     columns: dict[str, pd.Series] = {}
     for name in LAYER_MEASURES:
         part = table[table["measure"] == name]
         for _, group in part.groupby(["k", "side"], dropna=False, sort=False):
             k, side = float(group["k"].iloc[0]), str(group["side"].iloc[0])
             label = name + ("" if math.isnan(k) else f" {k:g}") + (f" {side}" if side else "")
-            columns[label] = group.set_index("layer")["value"]
-    for label in columns:
-        shown.add_column(label.replace("_", " "), justify="right")
-    for layer in table["layer"].drop_duplicates():
-        values = (column.get(layer, float("nan")) for column in columns.values())
-        shown.add_row(Text(layer), *(cell("", float(value)) for value in values))
+            columns[label.replace("_", " ")] = group.set_index("layer")["value"]
+    layers = table["layer"].drop_duplicates()
+    for kept in range(len(columns), -1, -1):
+        shown = Table(box=box.SIMPLE_HEAD, caption="all measures: --json or --out FILE")
+        shown.add_column("layer", overflow="fold")
+        for label in list(columns)[:kept]:
+            # Two lines of heading: the name of the measure, then which one of its kind.
+            shown.add_column(Text("\n".join(label.rsplit(" ", 1))), justify="right")
+        for layer in layers:
+            values = (column.get(layer, math.nan) for column in list(columns.values())[:kept])
+            numbers = (Text("" if math.isnan(v) else f"{v:.4g}") for v in map(float, values))
+            shown.add_row(Text(layer), *numbers)
+        if fits(shown, width):
+            break
     return shown
 
 
 def plan_table(name: str, planned: Sequence[Planned], host: Host) -> Table:
     """What a sweep would do, from the rates of finished runs of the same kind on this machine."""
     root = Path(host.results)
-    done = load(root).runs if root.is_dir() else None
-    finished = Store(root).finished() if root.is_dir() else set()
+    done = load(root).runs if root.exists() else None
+    finished = Store(root).finished() if root.exists() else set()
     todo = [one for one in planned if one.run_id not in finished]
-    table = Table(box=box.SIMPLE_HEAD, title=f"{name}: {len(planned)} runs, {len(todo)} to do")
+    already = len(planned) - len(todo)
+    title = f"{name}: {counted(len(planned), 'run')}, {already} done, {len(todo)} to do"
+    table = Table(box=box.SIMPLE_HEAD, title=title)
     for heading in ("method", "to do", "s each", "MB disk each", "MB memory each", "measured on"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    total = 0.0
+    seconds = disk = memory = 0.0
     for method in sorted({choice(one.config.adapter) for one in todo}):
         mine = [one for one in todo if choice(one.config.adapter) == method]
         like = alike(done, mine[0])
-        count = len(like)
-        seconds = float(like["seconds"].mean()) if count else float("nan")
-        total += seconds * len(mine)
-        disk = [folder_size(root / "runs" / run_id) for run_id in like["run_id"]] if count else []
-        memory = float(like["peak_memory"].max()) if count else float("nan")
-        table.add_row(
-            method,
-            str(len(mine)),
-            *(
-                cell("", round(value, 1))
-                for value in (seconds, sum(disk) / count if count else float("nan"), memory)
-            ),
-            f"{count} runs" if count else "nothing yet",
+        sizes = pd.Series([folder_size(root / "runs" / i) for i in like["run_id"]], dtype=float)
+        each = [like["seconds"].mean(), sizes.mean(), like["peak_memory"].max()]
+        seconds, disk = seconds + each[0] * len(mine), disk + each[1] * len(mine)
+        memory = max(memory, each[2])
+        numbers = (Text("" if pd.isna(v) else f"{v:.1f}") for v in each)
+        known = counted(len(like), "run") if len(like) else "nothing yet"
+        table.add_row(method, str(len(mine)), *numbers, known)
+    workers = min(host.workers or os.cpu_count() or 1, len(todo))
+    if not todo:
+        table.caption = "nothing to do"
+    elif math.isnan(seconds):
+        table.caption = "time, disk and memory are known once one run of each method is done"
+    else:
+        table.caption = (
+            f"about {duration(seconds / workers)}, {disk / 1e3:.2g} GB of disk and "
+            f"{memory * workers / 1e3:.2g} GB of memory with {workers} at once"
         )
-    workers = host.workers or os.cpu_count() or 1
-    known = (
-        "unknown until one run of each method is done"
-        if math.isnan(total)
-        else (f"about {total / workers / 3600:.2f} hours with {workers} at once")
-    )
-    table.caption = known if todo else "nothing to do"
     return table
 
 

@@ -13,10 +13,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,13 +204,14 @@ def run_here(one: Planned, host: Host) -> str:
     from lora_lab.execution import source_state
 
     store = Store(host.results, create=True)
-    for need in one.needs:
-        run_here(need, whole(host, True))
-    run = store.run(one.run_id)
-    with _held(run):
-        if not run.done and left([one], store):
-            with _logged(run):
-                return attempt(one.config, host, store, run, source_state(), "")
+    if left([one], store):
+        for need in one.needs:
+            run_here(need, whole(host, True))
+        run = store.run(one.run_id)
+        with _held(run):
+            if not run.done:
+                with _logged(run):
+                    return attempt(one.config, host, store, run, source_state(), "")
     return finished_status(store, one.run_id)
 
 
@@ -259,13 +262,41 @@ def left(planned: Iterable[Planned], store: Store) -> list[Planned]:
             bad = run.verify() if run.done else []
             if not bad:
                 continue
-            run.quarantine(f"checksum of {', '.join(bad)} differs")
+            _quarantine(run, f"checksum of {', '.join(bad)} differs")
             if one.run_id in packed:
                 continue
         todo.append(one)
     return todo
 
 
+def _quarantine(run: RunDir, reason: str) -> None:
+    """Set a corrupt run aside; while another sweep does that or measures it, wait."""
+    while True:
+        try:
+            run.quarantine(reason)
+            return
+        except Busy:
+            time.sleep(POLL)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM interrupt as Ctrl-C does. Only a main thread can be told of signals."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_stoppable()
 def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -> Summary:
     """Do every run that is not done yet.
 
@@ -305,36 +336,15 @@ def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -
     if todo:
         source, me = source_state(), (os.getpid(), psutil.Process().create_time())
         needed = {need.run_id for one in every for need in one.needs}
-        with _pool(workers) as pool:
-            for wave in waves:
-                ready = [
-                    one
-                    for one in wave
-                    if one.run_id in todo
-                    and not any(need.run_id in summary.failed for need in one.needs)
-                ]
-                _wave(
-                    pool,
-                    [
-                        (
-                            one,
-                            Task(
-                                one.config,
-                                one.run_id,
-                                whole(host, one.run_id in needed),
-                                str(store.root),
-                                name,
-                                threads,
-                                source,
-                                me,
-                            ),
-                        )
-                        for one in ready
-                    ],
-                    store,
-                    watcher,
-                    summary,
-                )
+
+        def task(one: Planned) -> Task:
+            own = whole(host, one.run_id in needed)
+            root = str(store.root)
+            return Task(one.config, one.run_id, own, root, name, threads, source, me)
+
+        for wave in waves:
+            ready = [one for one in wave if one.run_id in todo and _can_start(one, summary)]
+            _wave([(one, task(one)) for one in ready], workers, store, watcher, summary)
     for one in every:
         if one.run_id in summary.skipped:
             summary.status[one.run_id] = finished_status(store, one.run_id)
@@ -342,6 +352,14 @@ def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -
             _end(summary, watcher, one, "interrupted", "a run that it starts from has no result")
     measure_missing(store)
     return summary
+
+
+def _can_start(one: Planned, summary: Summary) -> bool:
+    """Whether the runs that one starts from have a result."""
+    return all(
+        need.run_id in summary.skipped or summary.status.get(need.run_id) == "done"
+        for need in one.needs
+    )
 
 
 def finished_status(store: Store, run_id: str) -> str:
@@ -371,41 +389,69 @@ def _pool(workers: int) -> Iterator[ProcessPool]:
         pool.join()
 
 
-def _wave(
-    pool: ProcessPool,
-    tasks: Sequence[tuple[Planned, Task]],
-    store: Store,
-    watcher: Watcher,
-    summary: Summary,
-) -> None:
-    """Run tasks that do not wait for each other."""
-    waiting: dict[concurrent.futures.Future[Any], tuple[Planned, Task]] = {
-        pool.schedule(work, args=[task], timeout=task.host.timeout * 3600): (one, task)
-        for one, task in tasks
-    }
+Tasks = Sequence[tuple[Planned, Task]]
+
+
+def _wave(tasks: Tasks, workers: int, store: Store, watcher: Watcher, summary: Summary) -> None:
+    """Run tasks that do not wait for each other.
+
+    Pebble gives a whole pool up when an idle worker dies (or the fork server does); what that cut
+    off goes to a new pool, as long as the last one has brought something to its end.
+    """
+    while tasks:
+        with _pool(workers) as pool:
+            lost = _through(pool, tasks, store, watcher, summary)
+        if len(lost) == len(tasks):
+            for one, _ in lost:
+                _end(summary, watcher, one, "interrupted", "no worker process could be kept alive")
+            return
+        tasks = lost
+
+
+def _through(
+    pool: ProcessPool, tasks: Tasks, store: Store, watcher: Watcher, summary: Summary
+) -> Tasks:
+    """Run tasks in a pool; returns those that were lost with it."""
+    lost: list[tuple[Planned, Task]] = []
+    waiting: dict[concurrent.futures.Future[Any], tuple[Planned, Task]] = {}
+    for one, task in tasks:
+        try:
+            hours = task.host.timeout
+            waiting[pool.schedule(work, args=[task], timeout=hours * 3600)] = (one, task)
+        except RuntimeError:  # the pool is broken already
+            lost.append((one, task))
     while waiting:
         ended, _ = concurrent.futures.wait(waiting, timeout=0.25, return_when="FIRST_COMPLETED")
         for future in ended:
             one, task = waiting.pop(future)
+            if isinstance(future.exception(), BrokenProcessPool):
+                lost.append((one, task))
+                continue
             _end(summary, watcher, one, *_outcome(future, store.run(task.run_id), task.host))
         watcher.tick([store.run(task.run_id) for _, task in waiting.values()])
+    return lost
 
 
 def _outcome(future: concurrent.futures.Future[Any], run: RunDir, host: Host) -> tuple[str, str]:
     """Status of a run whose process has ended, and the line that says why."""
     try:
-        status = future.result()
-        return status, run.record().error or ""
+        return future.result(), run.record().error or ""
     except FutureTimeout:
-        reason = f"no end after host.timeout={host.timeout:g} hours"
-        with contextlib.suppress(Busy), run.lock():
-            run.fail(reason)
-        return "failed", reason
+        status, reason = "failed", f"no end after host.timeout={host.timeout:g} hours"
     except ProcessExpired as error:
-        return "interrupted", f"its process died (exit code {error.exitcode})"
+        status, reason = "interrupted", f"its process died (exit code {error.exitcode})"
     except Exception as error:
         # An error outside of the run itself: its folder could not be made, for example.
         return "failed", one_line(error)
+    if run.done:  # only its measures are missing, and those can be taken later
+        return run.status(), ""
+    # Another sweep may have taken the run up meanwhile, or the disk be full.
+    with contextlib.suppress(Busy, StoreError, OSError), run.lock():
+        with run.log.open("a") as log:
+            print(reason, file=log)
+        if status == "failed":
+            run.fail(reason)
+    return status, reason
 
 
 def _end(summary: Summary, watcher: Watcher, one: Planned, status: str, error: str) -> None:

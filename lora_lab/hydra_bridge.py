@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -22,15 +25,34 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.adapters import ADAPTERS
-from lora_lab.config import GROUPS, Host, Precision, RunConfig, TrainConfig, run_id
+from lora_lab.config import (
+    GROUPS,
+    ID_LENGTH,
+    Host,
+    Precision,
+    RunConfig,
+    TrainConfig,
+    choice,
+    literal_path,
+    need,
+    run_id,
+)
 from lora_lab.data import DATA
 from lora_lab.models import MODELS, device_type
 from lora_lab.registry import Registry, WrongInput, did_you_mean, unknown
+from lora_lab.store import Store
 
 REGISTRIES: dict[str, Registry[Any]] = {"model": MODELS, "data": DATA, "adapter": ADAPTERS}
 
-LITERAL = ("data.path", "data.name", "model.name", "model.start", "host.results")
-"""Fields whose value is taken as it is typed: paths, and override lines of other runs."""
+LITERAL = (
+    *("data.path", "data.name", "data.text", "data.label", "data.config", "data.revision"),
+    *("model.name", "model.revision", "model.start", "host.results"),
+)
+"""Fields whose value is taken as it is typed: paths, names that others chose, and override lines
+of other runs."""
+
+MOST = 5000
+"""Combinations that one command plans; each takes milliseconds."""
 
 
 @dataclass
@@ -79,7 +101,7 @@ def conf_folder() -> Path:
 
 
 def choices(group: str) -> list[str]:
-    """Names that may stand after `group=`."""
+    """Names that may stand after `group=`; of `sweep`, the presets."""
     if group in REGISTRIES:
         return list(REGISTRIES[group])
     return sorted(p.stem for p in (conf_folder() / group).glob("*.yaml"))
@@ -136,13 +158,25 @@ def _axis(text: str) -> Axis:
         override = parser.parse_override(text)
         if not override.is_sweep_override():
             return Axis(key, (override.value(),))
-        parts = [f"{key}={part}" for part in override.sweep_string_iterator()]
-        return Axis(key, tuple(parser.parse_override(part).value() for part in parts))
+        parts = list(itertools.islice(override.sweep_string_iterator(), MOST + 1))
+        need_few(len(parts))
+        return Axis(key, tuple(parser.parse_override(f"{key}={p}").value() for p in parts))
     except (HydraException, OmegaConfBaseException) as error:
         raise WrongInput(
-            f"{text!r} is not understood; write key=value, a list of runs as key=1,2,4, and quote "
-            "values with spaces or brackets."
+            f"{text!r} is not understood; write key=value, several runs as key=1,2,4, and a value "
+            f"with brackets in two pairs of quotes: '{key}=\"(a|b)\"'."
         ) from error
+
+
+def need_few(combinations: int) -> None:
+    """Refuse what would take minutes only to be planned."""
+    if combinations > MOST:
+        raise WrongInput(f"more than {MOST} runs in one command; give fewer values.")
+
+
+def count(axes: Sequence[Axis]) -> int:
+    """How many combinations `expand` gives."""
+    return math.prod(len(values) for values in {a.key: a.values for a in axes}.values())
 
 
 def expand(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
@@ -189,9 +223,10 @@ def build(values: Mapping[str, Any]) -> tuple[DictConfig, dict[str, WrongInput]]
     groups = dict(DEFAULT_GROUPS)
     for key, value in values.items():
         if key in (*GROUPS, "size", "host"):
-            if str(value) not in choices(key):
-                raise unknown(key, str(value), choices(key))
-            groups[key] = str(value)
+            name = "null" if value is None else str(value)
+            if name not in choices(key):
+                raise unknown(key, name, choices(key))
+            groups[key] = name
     cfg = _composed(tuple(sorted(groups.items()))).copy()
     refused = {}
     for key, value in values.items():
@@ -207,35 +242,59 @@ def build(values: Mapping[str, Any]) -> tuple[DictConfig, dict[str, WrongInput]]
 def _has(cfg: DictConfig, key: str) -> bool:
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
-    return isinstance(node, DictConfig) and (name in node or OmegaConf.is_missing(node, name))
+    # `train=...` is none: it would replace the whole group.
+    return isinstance(node, DictConfig) and name in node and key != "train"
 
 
 def _no_key(key: str, cfg: DictConfig, groups: Mapping[str, str]) -> WrongInput:
     group, _, name = key.partition(".")
+    inside = [f"{g}.{k}" for g in map(str, cfg) if isinstance(cfg[g], DictConfig) for k in cfg[g]]
+    # `lr=1` and `adapter.lr=1` can only mean `train.lr=1`.
+    meant = [k for k in inside if k.endswith(f".{key.rpartition('.')[2]}")]
+    hint = f" Did you mean {meant[0]!r}?" if meant else ""
+    if key == "train":
+        listed = ", ".join(k for k in inside if k.startswith("train."))
+        return WrongInput(f"{key!r} is a group; write one of its keys: {listed}.")
     if group in cfg and name and isinstance(cfg[group], DictConfig):
         keys = [str(k) for k in cfg[group]]
         owner = f"{group}={groups[group]}" if group in groups else group
         listed = ", ".join(keys) if keys else "none"
         return WrongInput(
-            f"{owner} has no key {name!r}; its keys: {listed}.{did_you_mean(name, keys)}"
+            f"{owner} has no key {name!r}; its keys: {listed}.{hint or did_you_mean(name, keys)}"
         )
     top = [str(k) for k in cfg] + ["size"]
-    inside = [f"{g}.{k}" for g in map(str, cfg) if isinstance(cfg[g], DictConfig) for k in cfg[g]]
     return WrongInput(
-        f"unknown key {key!r}; groups: {', '.join(top)}.{did_you_mean(key, top + inside)}"
+        f"unknown key {key!r}; groups: {', '.join(top)}.{hint or did_you_mean(key, top + inside)}"
     )
 
 
 def _set(cfg: DictConfig, key: str, value: Any) -> None:
     try:
-        OmegaConf.update(cfg, key, value, force_add=False)
+        # A mapping replaces the default mapping: merged, its keys would have to exist.
+        OmegaConf.update(cfg, key, value, merge=False)
     except OmegaConfBaseException as error:
-        raise _wrong_value(key, value, error) from error
+        parent, _, name = key.rpartition(".")
+        owner = OmegaConf.get_type(OmegaConf.select(cfg, parent) if parent else cfg)
+        allowed, words = _expected(get_type_hints(owner)[name])
+        given = str(value).lower() if isinstance(value, bool) else repr(value)
+        given = "null" if value is None else given
+        raise WrongInput(
+            f"{key} must be {allowed}; got {given}.{did_you_mean(str(value), words)}"
+        ) from error
 
 
-def _wrong_value(key: str, value: Any, error: Exception) -> WrongInput:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return WrongInput(f"{key}={value} is not allowed: {reason}.".replace("..", "."))
+def _expected(kind: Any) -> tuple[str, list[str]]:
+    """A field's type in words, and the words that it allows if they are few."""
+    if isinstance(kind, UnionType):
+        found = [_expected(part) for part in get_args(kind)]
+        return " or ".join(text for text, _ in found), [w for _, words in found for w in words]
+    if get_origin(kind) is dict:
+        return "a mapping of name patterns to numbers such as {query:4}", []
+    if issubclass(kind, Enum):
+        words = [member.name for member in kind]
+        return f"one of {', '.join(words)}", words
+    known = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return "null" if kind is NoneType else known[kind], []
 
 
 def typed(cfg: DictConfig) -> tuple[RunConfig, Host]:
@@ -243,10 +302,18 @@ def typed(cfg: DictConfig) -> tuple[RunConfig, Host]:
     try:
         parts: dict[str, Any] = {k: OmegaConf.to_object(cfg[k]) for k in (*GROUPS, "train", "host")}
         host: Host = parts.pop("host")
-        return RunConfig(seed=cfg.seed, **parts), host
+        config = RunConfig(seed=cfg.seed, **parts)
     except OmegaConfBaseException as error:
         reason = str(error).strip().splitlines()[0]
-        raise WrongInput(f"the config does not fit its types: {reason}") from error
+        raise WrongInput(f"a value refers to what is not there: {reason}.") from error
+    need_device(host.device)
+    return config, dataclasses.replace(host, results=str(literal_path(host.results)))
+
+
+def need_device(name: str) -> None:
+    """Refuse a device that this machine does not have."""
+    here = list(dict.fromkeys(["auto", "cpu", device_type("auto")]))
+    need(name in here, "host.device", f"{' or '.join(here)} on this machine", repr(name))
 
 
 def resolve(config: RunConfig, device: str) -> RunConfig:
@@ -273,27 +340,53 @@ def check(config: RunConfig) -> None:
     config.adapter.layers(config.model.shapes(config.data))
 
 
-def planned(config: RunConfig, device: str) -> Planned:
-    """A typed config as a run to do, with the runs that it starts from."""
-    needs: tuple[Planned, ...] = ()
-    start = config.model.start
-    if start and not re.fullmatch(r"[0-9a-f]{12}", start):
-        first = plan([start.split()])[0]
-        if len(first) != 1:
-            raise WrongInput(f"model.start must name one run; {start!r} names {len(first)}.")
-        needs = (first[0],)
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, start=first[0].run_id)
-        )
-    config = resolve(config, device)
+def planned(config: RunConfig, host: Host) -> Planned:
+    """A typed config as a run to do, with the run that it starts from."""
+    needs = starts(config.model.start, host)
+    if needs:
+        first = needs[0].config
+        if first.model.shapes(first.data) != config.model.shapes(config.data):
+            raise WrongInput(
+                f"model.start must name a run of the same model; {config.model.start!r} trains "
+                f"model={choice(first.model)}, this run is of model={choice(config.model)}."
+            )
+        model = dataclasses.replace(config.model, start=needs[0].run_id)
+        config = dataclasses.replace(config, model=model)
+    config = resolve(config, device_type(host.device))
     check(config)
     return Planned(config, run_id(config), needs)
+
+
+def starts(start: str, host: Host) -> tuple[Planned, ...]:
+    """The run that an override line in `model.start` names; none for an id or nothing.
+
+    Raises
+    ------
+    WrongInput
+        When it names no run or several, or the run of that id is not done in `host.results`.
+    """
+    if not start:
+        return ()
+    if re.fullmatch(rf"[0-9a-f]{{{ID_LENGTH}}}", start):
+        there = Path(host.results).is_dir()
+        if not there or Store(host.results).run(start).status() != "done":
+            raise WrongInput(f"model.start={start}: no such finished run in {host.results!r}.")
+        return ()
+    if "=" not in start:
+        raise WrongInput(
+            f"model.start must be the id of a finished run or an override line such as "
+            f"'adapter=full seed=0'; got {start!r}."
+        )
+    found, _ = plan([start.split()], defaults=[f"host.device={host.device}"])
+    if len(found) != 1:
+        raise WrongInput(f"model.start must name one run; {start!r} names {len(found)}.")
+    return (found[0],)
 
 
 def planned_of(cfg: DictConfig) -> tuple[Planned, Host]:
     """A config that Hydra composed, as a run to do."""
     config, host = typed(cfg)
-    return planned(config, device_type(host.device)), host
+    return planned(config, host), host
 
 
 def plan(
@@ -319,24 +412,27 @@ def plan(
     stronger = parse(extra)
     regrouped = {axis.key for axis in stronger} & set(GROUPS)
     fits: set[str] = set()
-    misfits: dict[str, WrongInput] = {}
+    misfits: dict[str, list[WrongInput]] = {}
     runs: dict[str, Planned] = {}
     host = Host()
-    for line in lines:
-        for values in expand([*parse([*defaults, *line]), *stronger]):
+    axes = [[*parse([*defaults, *line]), *stronger] for line in lines]
+    need_few(sum(count(line) for line in axes))
+    for line in axes:
+        for values in expand(line):
             cfg, refused = build(values)
             for key, error in refused.items():
                 # A line's own keys may go too where the command line chose another method.
                 if key not in {a.key for a in stronger} and key.partition(".")[0] not in regrouped:
                     raise error
-                misfits.setdefault(key, error)
+                misfits.setdefault(key, []).append(error)
             fits |= set(values) - set(refused)
             config, host = typed(cfg)
-            one = planned(config, device_type(host.device))
+            one = planned(config, host)
             runs.setdefault(one.run_id, one)
     for axis in stronger:
         if axis.key not in fits:
-            raise misfits[axis.key]
+            # The method with the most keys says the most.
+            raise max(misfits[axis.key], key=lambda error: len(str(error)))
     return list(runs.values()), host
 
 
@@ -348,10 +444,9 @@ def preset(name: str) -> list[list[str]]:
     WrongInput
         When there is no such preset.
     """
-    folder = conf_folder() / "sweep"
-    names = sorted(p.stem for p in folder.glob("*.yaml"))
-    if name not in names:
-        raise unknown("sweep", name, names)
-    loaded = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=False)
+    if name not in choices("sweep"):
+        raise unknown("sweep", name, choices("sweep"))
+    path = conf_folder() / "sweep" / f"{name}.yaml"
+    loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     assert isinstance(loaded, dict)
     return [str(line).split() for line in loaded["lines"]]

@@ -1,4 +1,4 @@
-"""What a sweep starts does not outlive it: its workers and their fork server look for its process."""
+"""What a sweep starts does not outlive it: workers and their fork server look for its process."""
 
 from __future__ import annotations
 

@@ -7,38 +7,47 @@ that a test applies in such a process hold in its workers too.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pandas.testing as pdt
 import psutil
 
 from lora_lab import engine
+from lora_lab.hydra_bridge import plan
+from lora_lab.store import load
 
 SMALL = (
     "model=planted",
     "data=planted",
     "size=smoke",
     "data.width=64",
+    "train.batch_size=16",
     "host.threads=1",
     "host.tracker=disabled",
 )
-"""A run of a fraction of a second."""
+"""A run of four steps, a tenth of a second."""
 
 GRACE = 2.0
 """Seconds within which what a sweep started must be gone after its process is."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["lora_lab.cli", "lora_lab.engine", "lora_lab.display", "lora_lab.execution"]
-    + [f"lora_lab.adapters.{name}" for name in ("full", "head", "lora")]
-    + ["lora_lab.models.planted", "lora_lab.data.planted", "torch._dynamo"]
+    [
+        *(f"lora_lab.{name}" for name in ("cli", "engine", "display", "execution", "report")),
+        *(f"lora_lab.adapters.{name}" for name in ("full", "head", "lora")),
+        *("lora_lab.models.planted", "lora_lab.data.planted", "torch._dynamo"),
+    ]
 )
 
 
@@ -72,10 +81,8 @@ class Apart:
 
     def kill(self, group: bool, number: int = signal.SIGKILL) -> None:
         """Send a signal to the process alone, or to its whole group."""
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it was faster
             (os.killpg if group else os.kill)(self.pid, number)
-        except ProcessLookupError:
-            pass  # it was faster
 
     def wait(self, seconds: float = 120) -> int:
         """Its exit status (negative: the signal that ended it)."""
@@ -144,19 +151,21 @@ def _apart(
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # Fork server and resource tracker of its own, as a fresh interpreter would have.
-    forkserver._forkserver.__init__()  # type: ignore[misc]
-    resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
-    util.spawnv_passfds = _fork_instead
-    engine.PRELOAD.clear()  # what a planted run needs is imported already
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _start_servers_by_fork()
+    os.fsync = lambda fd: None  # type: ignore[assignment]  # no power cut here
     if patch is not None:
         patch()
-    try:
-        answer.send(function(*args))
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.exit(end.code)
+    answer.send(function(*args))
+
+
+def _start_servers_by_fork() -> None:
+    """From here on the fork server and the resource tracker of this process are forks of it."""
+    forkserver._forkserver.__init__()  # type: ignore[misc]
+    tracker = resource_tracker._resource_tracker
+    tracker._fd = tracker._pid = None
+    util.spawnv_passfds = _fork_instead
+    engine.PRELOAD.clear()  # what a planted run needs is imported already
 
 
 def _fork_instead(path: bytes, args: Sequence[str], keep: Sequence[int]) -> int:
@@ -181,8 +190,59 @@ def _fork_instead(path: bytes, args: Sequence[str], keep: Sequence[int]) -> int:
         os._exit(status)
 
 
+# ---- what runs apart ---------------------------------------------------------------------------
+
+
 def lab(*argv: str) -> None:
     """`lora-lab ARGV` in this process."""
     from lora_lab.cli import main
 
-    sys.exit(main(argv))
+    status = main(argv)
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def swept(lines: Sequence[str], *words: str) -> engine.Summary:
+    """A sweep over the union of some lines of overrides; `words` hold for all."""
+    planned, host = plan([line.split() for line in lines], [*SMALL, *words])
+    return engine.sweep("test", planned, host, engine.Watcher())
+
+
+# ---- what is left of it ------------------------------------------------------------------------
+
+CHANCE = [
+    *("seconds", "train_seconds", "samples_per_second", "peak_memory"),
+    *("started", "git_commit", "git_dirty"),
+]
+"""Columns of `runs` that differ between two equal sweeps."""
+
+
+def tables(results: Path) -> dict[str, pd.DataFrame]:
+    """The four tables without what is chance; a corrupt file in them fails the test."""
+    with warnings.catch_warnings(action="error"):
+        loaded = load(results)
+        traces = loaded.traces[loaded.traces["trace"] != "samples_per_second"]
+        return {
+            "runs": loaded.runs.drop(columns=CHANCE),
+            "measures": loaded.measures,
+            "traces": traces.reset_index(drop=True),
+            "spectra": loaded.spectra,
+        }
+
+
+def assert_same(ours: dict[str, pd.DataFrame], theirs: dict[str, pd.DataFrame]) -> None:
+    """Equal to the last bit."""
+    for name in ours:
+        assert len(theirs[name]), f"{name} is empty: nothing is compared"
+        pdt.assert_frame_equal(ours[name], theirs[name], check_exact=True)
+
+
+def stamps(results: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every DONE: a run that was done again has another."""
+    found = (results / "runs").glob("*/DONE")
+    return {p.parent.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
+
+
+if __name__ == "__main__":  # a fresh interpreter, for what is decided at its start
+    _start_servers_by_fork()
+    lab(*sys.argv[1:])

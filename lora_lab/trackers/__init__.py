@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ def open_mirror(mode: Tracker, config: RunConfig, run_id: str, sweep: str, resul
         mode = Tracker.online if os.environ.get("WANDB_API_KEY") else Tracker.disabled
     if mode is Tracker.disabled:
         return Mirror()
-    from lora_lab.trackers.wandb import WandbMirror
-
+    try:
+        from lora_lab.trackers.wandb import WandbMirror
+    except Exception as error:  # not installed, or not in a state to be imported
+        print(f"wandb: {error}; the run goes on without it", file=sys.stderr)
+        return Mirror()
     online = mode is Tracker.online
     return WandbMirror("online" if online else "offline", config, run_id, sweep, results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,9 @@ import wandb
 
 from lora_lab.config import RunConfig, as_dict, choice, flat
 from lora_lab.trackers import Mirror
+
+PATIENCE = 60
+"""Seconds that the client has to send the rest at a run's end."""
 
 
 class WandbMirror(Mirror):
@@ -74,4 +78,9 @@ class WandbMirror(Mirror):
             )
             run.finish(exit_code=int(failed))
 
-        self._try(close)
+        # Without a network the client would go on trying for hours; `wandb sync` can do it later.
+        closing = threading.Thread(target=self._try, args=(close,), daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
+        if closing.is_alive():
+            print(f"wandb: no end within {PATIENCE} s; left to `wandb sync`", file=sys.stderr)
