@@ -173,6 +173,11 @@ def train(given: argparse.Namespace) -> int:
     from lora_lab.hydra_bridge import plan as make_plan
 
     planned, host = make_plan([[]], host_overrides(given))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Under `accelerate launch` the processes are there already and train together.
+        from lora_lab.engine import run_here
+
+        return OK if all(run_here(one, host) in ("done", "diverged") for one in planned) else FAILED
     return _run("train", planned, host)
 
 

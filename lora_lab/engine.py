@@ -201,13 +201,16 @@ def run_here(one: Planned, host: Host) -> str:
 
     For launchers that isolate by themselves, and for `accelerate launch`.
     """
-    from lora_lab.execution import source_state
+    from lora_lab.execution import follow, source_state
 
     store = Store(host.results, create=True)
     if left([one], store):
         for need in one.needs:
             run_here(need, whole(host, True))
         run = store.run(one.run_id)
+        if int(os.environ.get("RANK", "0")) > 0:
+            follow(one.config, host, store, run)
+            return "done"
         with _held(run):
             if not run.done:
                 with _logged(run):

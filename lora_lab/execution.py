@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import resource
@@ -113,8 +114,6 @@ def execute(
     metrics: dict[str, Any] = {"status": "done", **counts(setup)}
     try:
         trainer.train()
-        if not setup.accelerator.is_main_process:
-            return
         spectra = final_spectra(setup.adapted)
         metrics |= scores(setup)
         record_update(setup, run, spectra, host)
@@ -124,7 +123,14 @@ def execute(
             run.write_table("oracle", pd.DataFrame(oracle))
     except Diverged as error:
         metrics |= {"status": "diverged", "error": str(error)}
-    run.write_json("provenance", where | {"data_hash": setup.problem.fingerprint})
+    run.write_json(
+        "provenance",
+        where
+        | {
+            "data_hash": setup.problem.fingerprint,
+            "processes": setup.accelerator.num_processes,
+        },
+    )
     done = trainer.progress
     traces = pd.DataFrame(done.traces, columns=["step", "layer", "trace", "value"])
     run.write_table("traces", traces)
@@ -146,6 +152,15 @@ def execute(
         key = base_key(where["model_hash"], config.model.start, setup.adapted)
         store.write_base(key, setup.base)
         measure_run(run, setup.base)
+
+
+def follow(config: RunConfig, host: Host, store: Store, run: RunDir) -> None:
+    """The part of the other processes of `accelerate launch`: train along, record nothing."""
+    start = trained(store.run(config.model.start)) if config.model.start else ({}, {})
+    # Joins the first process, which has begun the run by then.
+    setup = prepare(config, host, store.cache, *start)
+    with contextlib.suppress(Diverged):
+        Trainer(setup, Work(run.work), host, lambda *_: None).train()
 
 
 def counts(setup: Setup) -> dict[str, int | float]:

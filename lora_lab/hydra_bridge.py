@@ -269,6 +269,8 @@ def _no_key(key: str, cfg: DictConfig, groups: Mapping[str, str]) -> WrongInput:
 
 
 def _set(cfg: DictConfig, key: str, value: Any) -> None:
+    if key in LITERAL:
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # omegaconf would resolve `${…}`
     try:
         # A mapping replaces the default mapping: merged, its keys would have to exist.
         OmegaConf.update(cfg, key, value, merge=False)
@@ -337,7 +339,13 @@ def resolve(config: RunConfig, device: str) -> RunConfig:
 def check(config: RunConfig) -> None:
     """Refuse what cannot run before anything is made: data, model, targets, ranges."""
     config.data.check()
-    config.adapter.layers(config.model.shapes(config.data))
+    config.adapter.layers(shapes(config.model, config.data))
+
+
+@lru_cache(maxsize=64)
+def shapes(model: Any, data: Any) -> Mapping[str, tuple[int, int]]:
+    """(out, in) of the model's linear layers; a sweep asks for the same ones again and again."""
+    return dict(model.shapes(data))
 
 
 def planned(config: RunConfig, host: Host) -> Planned:
@@ -345,7 +353,7 @@ def planned(config: RunConfig, host: Host) -> Planned:
     needs = starts(config.model.start, host)
     if needs:
         first = needs[0].config
-        if first.model.shapes(first.data) != config.model.shapes(config.data):
+        if shapes(first.model, first.data) != shapes(config.model, config.data):
             raise WrongInput(
                 f"model.start must name a run of the same model; {config.model.start!r} trains "
                 f"model={choice(first.model)}, this run is of model={choice(config.model)}."

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from lora_lab.registry import WrongInput, did_you_mean
 
 ROLES = {
-    "q": ("query", "q_proj", "q_lin", "q", "to_q", "q_attn"),
-    "k": ("key", "k_proj", "k_lin", "k", "to_k"),
-    "v": ("value", "v_proj", "v_lin", "v", "to_v"),
+    "q": ("query", "query_proj", "q_proj", "q_lin", "q", "to_q", "q_attn"),
+    "k": ("key", "key_proj", "k_proj", "k_lin", "k", "to_k"),
+    "v": ("value", "value_proj", "v_proj", "v_lin", "v", "to_v"),
     "o": (
         "attention.output.dense",
         "o_proj",
@@ -25,6 +25,8 @@ ROLES = {
         "attn.c_proj",
         "attention.dense",
         "self_attn.dense",
+        "self_attention.dense",
+        "attn.Wo",
         "to_out.0",
     ),
     "qkv": ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj", "qkv"),
@@ -39,6 +41,10 @@ ROLES = {
         "lin1",
         "lin2",
         "c_fc",
+        "fc_in",
+        "fc_out",
+        "ffn",
+        "ffn_output",
         "mlp.c_proj",
         "wi",
         "wi_0",
@@ -155,12 +161,21 @@ def by_pattern(layer: str, patterns: Mapping[str, float], default: float) -> flo
     A key matches as PEFT's `rank_pattern` keys do: as a regular expression for the whole name or
     for its last dotted parts, the first match in the order given.
 
+    Raises
+    ------
+    WrongInput
+        For a pattern that is no regular expression.
+
     >>> by_pattern("b.0.query", {"key": 2, "query": 4}, 8)
     4
     >>> by_pattern("b.1.query", {r"b\\.0\\.query": 4}, 8)
     8
     """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        try:
+            matched = re.match(rf"(.*\.)?({pattern})$", layer)
+        except re.error as error:
+            raise WrongInput(f"pattern {pattern!r} is no regular expression: {error}.") from None
+        if matched:
             return value
     return default

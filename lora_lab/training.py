@@ -23,6 +23,7 @@ from lora_lab.evaluation import evaluate
 from lora_lab.linalg import Update
 from lora_lab.models import Examples, Model
 from lora_lab.probes import PROBES, Moment
+from lora_lab.registry import WrongInput
 from lora_lab.store import Work
 
 
@@ -80,9 +81,14 @@ def prepare(
     The head and dropout draw from torch's global generator, seeded here with the run's seed;
     the factors of each layer draw from a generator of their own.
     """
-    accelerator = accelerate.Accelerator(
-        cpu=host.device == "cpu", gradient_accumulation_steps=config.train.accumulate
-    )
+    accelerator = accelerate.Accelerator(cpu=host.device == "cpu")
+    processes = accelerator.num_processes
+    if config.train.accumulate % processes:
+        raise WrongInput(
+            f"train.accumulate must be a multiple of the {processes} processes, which share a "
+            f"step's micro-batches; got {config.train.accumulate}."
+        )
+    accelerator.gradient_accumulation_steps = config.train.accumulate // processes
     torch.manual_seed(config.seed)
     problem = config.data.load()
     model = config.model.build(config.data, problem, config.train.dropout)
@@ -106,8 +112,7 @@ def prepare(
     splits = {name: config.model.encode(problem, name, cache) for name in problem.inputs}
     model.to(accelerator.device)
     batches = math.ceil(len(splits["train"]) / config.train.batch_size)
-    per_step = config.train.accumulate * accelerator.num_processes
-    steps = max(1, math.ceil(config.train.epochs * batches / per_step))
+    steps = max(1, math.ceil(config.train.epochs * batches / config.train.accumulate))
     return Setup(config, problem, model, adapted, splits, accelerator, steps, base)
 
 
@@ -200,7 +205,7 @@ class Trainer:
         """
         self._resume()
         setup, done = self.setup, self.progress
-        per_step = self.cfg.accumulate * setup.accelerator.num_processes
+        per_step = self.cfg.accumulate
         sampler = TrainingBatches(
             setup.splits["train"].lengths,
             self.cfg.batch_size,
@@ -230,7 +235,8 @@ class Trainer:
                 if not setup.accelerator.sync_gradients:
                     continue
                 done.step += 1
-                self._finish_step(torch.stack(losses).mean(), clock)
+                mean = setup.accelerator.reduce(torch.stack(losses).mean(), "mean")
+                self._finish_step(mean, clock)
                 losses = []
             if done.step in self.spectra_at:
                 self._snapshot()

@@ -23,7 +23,7 @@ import pandas as pd
 import pandas.testing as pdt
 import psutil
 
-from lora_lab import engine
+from lora_lab import engine, orphans
 from lora_lab.hydra_bridge import plan
 from lora_lab.store import load
 
@@ -109,7 +109,7 @@ class Apart:
 def lingering(session: int, seconds: float = GRACE) -> list[str]:
     """Processes of a session that are still there after some seconds, as text; [] at once if none.
 
-    W&B's service makes a session of its own; its command line names its parent's process.
+    W&B's service makes a session of its own; it is found by its environment.
     """
     until = time.monotonic() + seconds
     while True:
@@ -182,6 +182,8 @@ def _fork_instead(path: bytes, args: Sequence[str], keep: Sequence[int]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         forkserver._forkserver.__init__()  # type: ignore[misc]
+        if "forkserver" in args[-1]:
+            orphans._guard()  # its first import, in a fresh interpreter
         exec(args[-1], {})
         status = 0
     except SystemExit:
@@ -239,8 +241,8 @@ def assert_same(ours: dict[str, pd.DataFrame], theirs: dict[str, pd.DataFrame]) 
 
 def stamps(results: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of every DONE: a run that was done again has another."""
-    found = (results / "runs").glob("*/DONE")
-    return {p.parent.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
+    found = {p.parent.name: p.stat() for p in (results / "runs").glob(12 * "?" + "/DONE")}
+    return {run_id: (done.st_ino, done.st_mtime_ns) for run_id, done in found.items()}
 
 
 if __name__ == "__main__":  # a fresh interpreter, for what is decided at its start

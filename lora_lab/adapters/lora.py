@@ -60,7 +60,7 @@ class _Product(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         rows = x.flatten(0, -2)
-        a, b = A.to(x.dtype), (scale * B).to(x.dtype)
+        W0, a, b = W0.to(x.dtype), A.to(x.dtype), (scale * B).to(x.dtype)
         seen = rows @ a.T
         y = F.linear(rows, W0, None if bias is None else bias.to(x.dtype)).addmm_(seen, b.T)
         ctx.save_for_backward(rows, seen, W0, a, b)
@@ -92,6 +92,10 @@ class LoRALayer(Adapted):
         self.scale, self.dropout = scale, dropout
 
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # Autocast does not look inside a custom function.
+            x = x.to(torch.get_autocast_dtype(device))
         if not self.dropout:
             y: torch.Tensor = _Product.apply(x, self.W0, self.bias, self.A, self.B, self.scale)
             return y

@@ -162,13 +162,18 @@ def read_bytes(path: Path, allowed: Collection[str] | None = None) -> bytes:
     return data
 
 
+def sealed(data: bytes) -> bytes:
+    """Data after its own digest, for a file whose digest no manifest keeps."""
+    return bytes.fromhex(digest(data)) + data
+
+
 def write_sealed(path: Path, data: bytes) -> None:
-    """Write a file that starts with the digest of the rest, where no manifest keeps it."""
-    write_bytes(path, bytes.fromhex(digest(data)) + data)
+    """Write a file that starts with the digest of the rest."""
+    write_bytes(path, sealed(data))
 
 
 def read_sealed(path: Path) -> bytes:
-    """What `write_sealed` wrote, checked.
+    """What was `sealed`, checked.
 
     Raises
     ------

@@ -37,17 +37,21 @@ class Work:
         files.write_sealed(self.folder / CHECKPOINT, body)
 
     def read_checkpoint(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """The checkpoint; None when there is none, or when it is not sound (training restarts)."""
+        """The checkpoint; None when there is none, or it or a snapshot of it is not sound.
+
+        Then training starts again.
+        """
         path = self.folder / CHECKPOINT
         try:
             body = files.read_sealed(path)
             length = int.from_bytes(body[:8], "little")
             state = json.loads(json.loads(body[8 : 8 + length])["__metadata__"][STATE])
             tensors = files.decode_tensors(body, path)
-            whole = all(self._snapshot(step).is_file() for step in state["snapshots"])
+            for step in state["snapshots"]:  # torn, they would only be found after the training
+                files.read_sealed(self._snapshot(step))
         except (Corrupt, KeyError, ValueError):
             return None
-        return (tensors, state) if whole else None
+        return tensors, state
 
     def _snapshot(self, step: int) -> Path:
         return self.folder / f"snapshot-{step}.safetensors"
@@ -56,12 +60,12 @@ class Work:
         """Keep the update at a step until the run is analysed.
 
         Without fsync, which would cost more than the training step: after a power cut a torn
-        snapshot is found by `read_snapshot` and the run starts again.
+        snapshot is found by its digest and the run starts again.
         """
         path = self._snapshot(step)
         part = path.with_name(files.TEMPORARY + path.name)
         with files.explained(path):
-            part.write_bytes(files.encode_tensors(tensors))
+            part.write_bytes(files.sealed(files.encode_tensors(tensors)))
             os.replace(part, path)
 
     def read_snapshot(self, step: int) -> dict[str, np.ndarray]:
@@ -73,7 +77,7 @@ class Work:
             When the file is missing or torn.
         """
         path = self._snapshot(step)
-        return files.decode_tensors(files.read_bytes(path), path)
+        return files.decode_tensors(files.read_sealed(path), path)
 
     def write_progress(self, state: Mapping[str, Any]) -> None:
         """Tell whoever looks how far the run is; not durable, replaced at once."""
