@@ -122,8 +122,9 @@ def method_table(runs: pd.DataFrame) -> TextTable:
     """Mean over seeds of every setting that was run, the finished runs of it."""
     own = ("adapter", "adapter.r", "adapter.alpha", "adapter.scaling", "train.lr")
     setting = [c for c in runs.columns if (c in own or "." in c) and c != "seed"]
-    # Constant columns say nothing and cost a pass over all rows each.
-    setting = ["adapter"] + [c for c in setting if c in own[1:] or runs[c].nunique(False) > 1]
+    # What is constant within each method says nothing and costs a pass over all rows each.
+    varies = runs.groupby("adapter")[setting].nunique(dropna=False).max() > 1
+    setting = ["adapter"] + [c for c in setting if c in own[1:] or varies.get(c, False)]
     setting = list(dict.fromkeys(setting))
     rest = [c for c in setting if c not in own]
     rows = []
