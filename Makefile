@@ -29,13 +29,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt embedded.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "'$(PYTHON)' has no venv module; install it (Debian: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv "$(VENV)"
-	"$(BIN)/pip" install -q -c constraints.txt torch==2.13.0
-	"$(BIN)/pip" install -q -c constraints.txt -e .
-	"$(BIN)/pip" install -q --no-deps -r embedded.txt
+	"$(BIN)/pip" install -qq -c constraints.txt torch==2.13.0
+	"$(BIN)/pip" install -qq -c constraints.txt -e .
+	"$(BIN)/pip" install -qq --no-deps -r embedded.txt
 	@touch "$@"
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	"$(BIN)/pip" install -q -c constraints.txt -e ".[dev]"
+	"$(BIN)/pip" install -qq -c constraints.txt -e ".[dev]"
 	@touch "$@"
 
 clean:

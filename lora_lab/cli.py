@@ -204,10 +204,11 @@ def plan(given: argparse.Namespace) -> int:
 def measure(given: argparse.Namespace) -> int:
     """Take missing measures."""
     from lora_lab.analysis import measure_missing
+    from lora_lab.display import counted
 
     done = measure_missing(Store(results_of(given)))
     names = sorted({name for taken in done.values() for name in taken})
-    what = f"{', '.join(names)}: taken of {len(done)} runs"
+    what = f"{', '.join(names)}: taken of {counted(len(done), 'run')}"
     print(what if done else "nothing to measure: every finished run has every measure")
     return OK
 

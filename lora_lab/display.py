@@ -67,6 +67,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
+def amount(megabytes: float) -> str:
+    """Bytes as people say them.
+
+    >>> amount(3.94), amount(1240)
+    ('3.9 MB', '1.2 GB')
+    """
+    return f"{megabytes:.1f} MB" if megabytes < 1000 else f"{megabytes / 1000:.1f} GB"
+
+
 def cell(column: str, value: Any) -> Text:
     """One value as text; missing is empty. Never markup: names come from users."""
     if value is None or (not isinstance(value, str) and pd.isna(value)):
@@ -199,8 +208,8 @@ def plan_table(name: str, planned: Sequence[Planned], host: Host) -> Table:
         table.caption = "time, disk and memory are known once one run of each method is done"
     else:
         table.caption = (
-            f"about {duration(seconds / workers)}, {disk / 1e3:.2g} GB of disk and "
-            f"{memory * workers / 1e3:.2g} GB of memory with {workers} at once"
+            f"about {duration(seconds / workers)}, {amount(disk)} of disk and "
+            f"{amount(memory * workers)} of memory with {workers} at once"
         )
     return table
 

@@ -178,15 +178,19 @@ def _held(run: RunDir) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logged(run: RunDir) -> Iterator[None]:
-    """Send everything that this process prints to the run's log."""
+    """Send everything that this process prints to the run's log.
+
+    The streams too: in a notebook they are not the file descriptors.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    with run.log.open("ab") as log:
+    with run.log.open("a", encoding="utf-8", errors="backslashreplace") as log:
         saved = os.dup(1), os.dup(2)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            yield
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                yield
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -299,6 +303,20 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore a second Ctrl-C for the moment that it takes to stop the workers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @_stoppable()
 def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -> Summary:
     """Do every run that is not done yet.
@@ -385,11 +403,12 @@ def _pool(workers: int) -> Iterator[ProcessPool]:
     try:
         yield pool
         pool.close()
-    except BaseException:
-        pool.stop()
-        raise
-    finally:
         pool.join()
+    except BaseException:
+        with _undisturbed():
+            pool.stop()
+            pool.join()
+        raise
 
 
 Tasks = Sequence[tuple[Planned, Task]]

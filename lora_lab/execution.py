@@ -147,10 +147,12 @@ def execute(
             "seconds": time.perf_counter() - began,
         },
     )
-    run.seal()
-    if metrics["status"] == "done" and setup.adapted:
+    measurable = metrics["status"] == "done" and setup.adapted
+    if measurable:  # before the seal: measures that a kill prevents are taken later, and need it
         key = base_key(where["model_hash"], config.model.start, setup.adapted)
         store.write_base(key, setup.base)
+    run.seal()
+    if measurable:
         measure_run(run, setup.base)
 
 

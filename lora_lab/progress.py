@@ -76,7 +76,7 @@ class Display(Watcher):
         self.progress.update(self.bar, completed=self.done)
         took = f"{time.monotonic() - self.began:.0f} s"
         text = f"[{self.done}/{self.total}] {took} {one.run_id} {described(one)}: {status} {error}"
-        self.screen.print(Text(text.rstrip()))
+        self.screen.print(Text(text.rstrip()), soft_wrap=True)
 
 
 def show(screen: Console, summary: Summary, host: Host) -> None:
@@ -87,4 +87,4 @@ def show(screen: Console, summary: Summary, host: Host) -> None:
         if status != "done":
             log = Path(host.results) / "runs" / run_id / "log.txt"
             line = f"{status} {run_id}: {summary.errors.get(run_id, 'as before')} (log: {log})"
-            screen.print(Text(line))
+            screen.print(Text(line), soft_wrap=True)

@@ -217,6 +217,8 @@ class Trainer:
             _Indices(setup.splits["train"]),
             batch_sampler=sampler,
             collate_fn=setup.splits["train"].collate,
+            # Its own: each loader draws a seed, which a resumed run would draw once more.
+            generator=torch.Generator(),
         )
         model, loader, self.optimizer = setup.accelerator.prepare(
             setup.model, loader, self.optimizer

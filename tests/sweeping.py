@@ -184,6 +184,8 @@ def _fork_instead(path: bytes, args: Sequence[str], keep: Sequence[int]) -> int:
         forkserver._forkserver.__init__()  # type: ignore[misc]
         if "forkserver" in args[-1]:
             orphans._guard()  # its first import, in a fresh interpreter
+        if "resource_tracker" in args[-1]:
+            os.setsid()  # outlives a kill of the group, to take its semaphores away
         exec(args[-1], {})
         status = 0
     except SystemExit:

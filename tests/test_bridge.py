@@ -1,4 +1,4 @@
-"""From override lines to runs: presets, unions, linked axes, literal values, runs that need runs."""
+"""From override lines to runs: presets, unions, linked axes, literal values, starts from runs."""
 
 from __future__ import annotations
 

@@ -7,22 +7,22 @@ import functools
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from sweeping import SMALL, Apart, lab, stamps, swept
 
-from lora_lab import engine, trackers
-from lora_lab.config import Host, RunConfig, Tracker, TrainConfig
+from lora_lab import engine
+from lora_lab.config import Host, RunConfig, Tracker, TrainConfig, run_id
 from lora_lab.engine import Summary, Watcher, in_order, left, run_here
 from lora_lab.hydra_bridge import Planned, plan
 from lora_lab.registry import WrongInput
 from lora_lab.store import Store, load, pack
 from lora_lab.trackers import Mirror, open_mirror
-from sweeping import SMALL, Apart, lab, stamps, swept
 
 LORA = "adapter=lora adapter.r=2"
 
@@ -92,13 +92,9 @@ def test_no_runs_are_no_waves() -> None:
 def test_a_run_starts_from_another_run_which_is_trained_first_and_kept_whole(
     tmp_path: Path,
 ) -> None:
-    first = f"{' '.join(SMALL[:5])} adapter=full seed=7".replace("  ", " ")
     results = tmp_path / "results"
-    from_other = planned("seed=1")[0]
-    config = dataclasses.replace(from_other.config.model, start=first)
-    [run] = [resolved(dataclasses.replace(from_other.config, model=config))]
-    assert len(run.needs) == 1
-    summary = engine_apart(results, [run], "host.keep=top")
+    [run] = planned("seed=1", f"model.start={' '.join(SMALL[:5])} adapter=full seed=7")
+    summary = sweep_of(results, [run], "host.keep=top")
     assert summary.status == {run.run_id: "done", run.needs[0].run_id: "done"}
     store = Store(results)
     dense = store.run(run.needs[0].run_id).read_tensors("update")
@@ -107,19 +103,10 @@ def test_a_run_starts_from_another_run_which_is_trained_first_and_kept_whole(
     assert started == sorted(started)
 
 
-def resolved(config: RunConfig) -> Planned:
-    from lora_lab.hydra_bridge import planned as planned_of_config
-
-    return planned_of_config(config, "cpu")
-
-
-def engine_apart(
-    results: Path, runs: list[Planned], *words: str, patch: Callable[[], None] | None = None
-) -> Summary:
+def sweep_of(results: Path, runs: list[Planned], *words: str) -> Summary:
     _, there = plan([[*SMALL, "host.workers=2", *words, f"host.results={results}"]])
-    output = results.with_name("apart.txt")
-    apart = Apart(engine.sweep, "test", runs, there, Watcher(), output=output, patch=patch)
-    summary = apart.answer()
+    output = results.with_name("sweep.txt")
+    summary = Apart(engine.sweep, "test", runs, there, Watcher(), output=output).answer()
     assert isinstance(summary, Summary)
     return summary
 
@@ -131,7 +118,7 @@ def test_what_starts_from_a_failed_run_is_not_tried_and_says_so(tmp_path: Path) 
     b = dataclasses.replace(b, needs=(a,))
     c = dataclasses.replace(c, needs=(b,))
     (results / "runs" / a.run_id).write_text("a file where a folder must go")
-    summary = engine_apart(results, [c, d])
+    summary = sweep_of(results, [c, d])
     statuses = [summary.status[run.run_id] for run in (a, b, c, d)]
     assert statuses == ["failed", "interrupted", "interrupted", "done"]
     assert summary.errors[c.run_id] == "a run that it starts from has no result"
@@ -179,17 +166,15 @@ def test_a_packed_run_is_not_left_even_when_its_folder_is_gone_or_corrupt(result
 def test_a_default_that_changed_in_code_since_is_refused_by_name(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    field = TrainConfig.__dataclass_fields__["trace_every"]
-    monkeypatch.setattr(field, "default", 7)
-    config = planned("seed=0")[0].config
-    old = dataclasses.replace(config.train, weight_decay=0.0)
-    # With the default changed, 7 hashes as 1 did when the run was made.
-    assert old.trace_every == 1
-    changed = dataclasses.replace(config, train=dataclasses.replace(old, trace_every=7))
-    monkeypatch.setattr(engine, "changed_default", lambda *_: "train.trace_every")
-    runs = [dataclasses.replace(planned("seed=0")[0], config=changed)]
-    with pytest.raises(WrongInput, match=r"default of train\.trace_every has changed"):
-        left(runs, Store(results))
+    [run] = planned("seed=0")
+    monkeypatch.setattr(TrainConfig.__dataclass_fields__["epochs"], "default", 2.0)
+    train = dataclasses.replace(run.config.train, epochs=2.0)
+    today = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
+    assert run_id(today.config) == run.run_id  # as if nothing had been said of epochs
+    before = stamps(results)
+    with pytest.raises(WrongInput, match=r"default of train\.epochs has changed"):
+        engine.sweep("test", [today], host(results), Watcher())
+    assert stamps(results) == before
 
 
 def test_many_runs_want_a_yes_before_anything_is_made(tmp_path: Path) -> None:
@@ -420,12 +405,12 @@ def test_offline_mirrors_lie_under_the_results_and_leave_no_process(tmp_path: Pa
     results = tmp_path / "results"
     apart = Apart(mirrored, results, "offline", output=tmp_path / "out.txt")
     assert apart.answer() == "done"
-    run_id = planned("seed=0")[0].run_id
-    [file] = (results / "wandb").glob(f"offline-run-*{run_id}/run-*.wandb")
+    name = planned("seed=0")[0].run_id
+    [file] = (results / "wandb").glob(f"offline-run-*{name}/run-*.wandb")
     assert file.stat().st_size > 1000
     assert not list(tmp_path.glob("wandb"))
-    assert apart.gone(5) == []
-    assert "wandb" not in Store(results).run(run_id).log.read_text()
+    assert apart.gone() == []
+    assert "wandb" not in Store(results).run(name).log.read_text()
 
 
 class Nuisance:
@@ -474,7 +459,7 @@ def test_a_client_that_does_not_come_to_its_end_is_left_behind(
 def test_a_client_that_cannot_be_imported_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "lora_lab.trackers.wandb", None)
+    monkeypatch.setitem(sys.modules, "lora_lab.trackers.wandb", None)
     assert type(open_mirror(Tracker.offline, RunConfig(), "0" * 12, "", tmp_path)) is Mirror
 
 
@@ -497,5 +482,3 @@ def test_with_a_key_the_default_tracker_is_online(
     monkeypatch.setattr(lora_lab.trackers.wandb, "WandbMirror", lambda mode, *_: asked.append(mode))
     open_mirror(Tracker.auto, RunConfig(), "0" * 12, "", tmp_path)
     assert asked == ["online"]
-    assert trackers.__doc__
-    assert psutil

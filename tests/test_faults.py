@@ -129,6 +129,18 @@ def until(true: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.parametrize("group", [False, pytest.param(True, marks=long)])
+def test_the_trackers_service_leaves_too_when_its_sweep_is_killed(
+    group: bool, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    sweep = start(results, FEW, "host.tracker=offline")
+    until(lambda: [p for p in lingering(sweep.pid, 0) if "wandb" in p])
+    sweep.kill(group)
+    sweep.wait()
+    assert sweep.gone() == []
+
+
 # ---- a worker that dies or hangs ---------------------------------------------------------------
 
 POINTS = ("forward", "backward", "weights", "record", "done")
@@ -204,7 +216,16 @@ def test_a_worker_that_is_killed_takes_no_other_run_with_it(
             expected = {"done": 2 * seeds - 1, "interrupted": 1}
             assert (status, statuses(results)) == (1, expected), said
             assert "its process died (exit code -9)" in said
-        again(results, seeds, whole)
+    again(results, seeds, whole)
+
+
+def test_a_kill_between_the_record_and_its_measures_costs_no_measure(tmp_path: Path) -> None:
+    # A run on its own: no other run keeps the base weights that some measures need.
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    start(killed, 1, "adapter=lora", patch=functools.partial(die_at, "done", 0)).wait()
+    start(whole, 1, "adapter=lora").wait()
+    assert len(stamps(killed)) == 1
+    assert_same(tables(killed), tables(whole))
 
 
 def hang(how: str) -> None:
@@ -412,7 +433,7 @@ def test_sweeps_that_start_together_train_each_run_once(
         sweeps = [start(results, FEW, patch=patch) for _ in range(at_once)]
         assert [sweep.wait() for sweep in sweeps] == [0] * at_once, sweeps[0].output.read_text()
         assert sorted(notes.read_text().split()) == sorted(stamps(results))
-        again(results, FEW, unkilled(FEW))
+        assert_same(tables(results), unkilled(FEW).tables)
 
 
 # ---- the same numbers --------------------------------------------------------------------------

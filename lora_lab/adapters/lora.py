@@ -50,7 +50,7 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         W0: torch.Tensor,
@@ -68,7 +68,7 @@ class _Product(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, D: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, D: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, seen, W0, a, b = ctx.saved_tensors
         D = D.flatten(0, -2)
         thin = D @ b
