@@ -94,10 +94,9 @@ class Axis:
 
 
 def conf_folder() -> Path:
-    """`conf` beside the package (a checkout) or inside it (a wheel)."""
-    package = Path(__file__).parent
-    beside = package.parent / "conf"
-    return beside if (beside / "config.yaml").is_file() else package / "conf"
+    """`conf` inside the package (a wheel) or beside it (a checkout)."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else inside.parents[1] / "conf"
 
 
 def choices(group: str) -> list[str]:

@@ -121,7 +121,8 @@ def lingering(session: int, seconds: float = GRACE) -> list[str]:
 
 def _belongs(process: psutil.Process, session: int) -> bool:
     try:
-        if process.status() == psutil.STATUS_ZOMBIE:
+        # One that has ended but for a thread still holds its locks.
+        if process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1:
             return False
         return os.getsid(process.pid) == session or process.environ().get(MARK) == str(session)
     except (psutil.Error, OSError):

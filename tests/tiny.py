@@ -61,7 +61,8 @@ def reviews(path: Path, rows: int = 120) -> Path:
     kinds = [("good", "fine"), ("bad", "awful")]
     texts = [
         (
-            f"the {['film', 'plot'][i // 2 % 2]} was {'very ' * (i % 3)}{kinds[i % 2][i // 4 % 2]} {i}",
+            f"the {['film', 'plot'][i // 2 % 2]} was {'very ' * (i % 3)}"
+            f"{kinds[i % 2][i // 4 % 2]} {i}",
             ["praise", "blame"][i % 2],
         )
         for i in range(rows)
