@@ -94,6 +94,10 @@ class DataConfig:
         Seed of the split into train, validation and test.
     """
 
+    sizes_are_limits: ClassVar[bool] = False
+    """Whether a split with fewer examples than asked for is taken whole (a user's own data, so
+    that `size=` fits any of it) or refused."""
+
     train_examples: int | None = None
     validation_examples: int | None = None
     test_examples: int | None = None

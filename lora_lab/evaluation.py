@@ -145,17 +145,17 @@ def _logistic(x: np.ndarray, y: np.ndarray, penalty: float, start: np.ndarray) -
     return np.asarray(found.x).reshape(start.shape)
 
 
-REFIT_EXAMPLES = 1024
+REFIT_EXAMPLES = 512
 """Training examples on which a head is refitted; each k of an oracle pays for them anew."""
 
 
 def oracle_grid(q: int) -> list[int]:
-    """k = 0, then doubling to 64 and in steps of 4 from there, below q, and q itself.
+    """k = 0, then doubling to 16 and in steps of 4 from there, below q, and q itself.
 
     >>> oracle_grid(6), oracle_grid(384)
-    ([0, 1, 2, 4, 6], [0, 1, 2, 4, 8, 16, 32, 64, 256, 384])
+    ([0, 1, 2, 4, 6], [0, 1, 2, 4, 8, 16, 64, 256, 384])
     """
-    steps = [1, 2, 4, 8, 16, 32, *(64 * 4**i for i in range(16))]
+    steps = [1, 2, 4, 8, *(16 * 4**i for i in range(16))]
     return [0, *(k for k in steps if k < q), q]
 
 

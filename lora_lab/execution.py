@@ -23,7 +23,7 @@ from lora_lab.adapters.full import FullLayer
 from lora_lab.analysis import base_key, measure_run
 from lora_lab.checkpoints import read_updates
 from lora_lab.config import Host, Keep, RunConfig, as_dict, run_id
-from lora_lab.evaluation import evaluate, oracle_truncation
+from lora_lab.evaluation import Scored, evaluate, oracle_truncation
 from lora_lab.linalg import Dense, Spectrum, Update, decompose, updates_of
 from lora_lab.registry import WrongInput
 from lora_lab.store import RunDir, Store, Work
@@ -115,7 +115,7 @@ def execute(
     try:
         trainer.train()
         spectra = final_spectra(setup.adapted)
-        metrics |= scores(setup)
+        metrics |= scores(setup, trainer.validation)
         record_update(setup, run, spectra, host)
         record_spectra(setup, trainer, run, work, spectra)
         oracle = [*oracle_rows(setup, spectra, trainer.progress.step)]
@@ -184,10 +184,11 @@ def counts(setup: Setup) -> dict[str, int | float]:
     }
 
 
-def scores(setup: Setup) -> dict[str, float]:
-    """Test and validation result of the trained model."""
+def scores(setup: Setup, validation: Scored | None) -> dict[str, float]:
+    """Test and validation result of the trained model; the latter may be known already."""
     test = evaluate(setup.model, setup.splits["test"])
-    validation = evaluate(setup.model, setup.splits["validation"])
+    if validation is None:
+        validation = evaluate(setup.model, setup.splits["validation"])
     if not math.isfinite(test.loss):
         raise Diverged("NaN or Inf in the test loss after the last step")
     return {"score": test.score, "loss": test.loss, "validation_score": validation.score}

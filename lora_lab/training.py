@@ -19,7 +19,7 @@ from lora_lab.adapters import Adapted, attach, compute_in, snapshot
 from lora_lab.batches import TrainingBatches
 from lora_lab.config import Host, RunConfig, Schedule
 from lora_lab.data import Problem
-from lora_lab.evaluation import evaluate
+from lora_lab.evaluation import Scored, evaluate
 from lora_lab.linalg import Update
 from lora_lab.models import Examples, Model
 from lora_lab.probes import PROBES, Moment
@@ -181,6 +181,7 @@ class Trainer:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert self.parameters or not setup.adapted, "nothing trains"
         self.progress = Progress()
+        self.validation: Scored | None = None
         peak = self.cfg.lr
         assert peak is not None, "the rate is resolved before training"
         self.optimizer = torch.optim.AdamW(
@@ -190,10 +191,8 @@ class Trainer:
         self.gradient_probes = {n: p for n, p in PROBES.items() if p.reads_gradients}
         self.step_probes = {n: p for n, p in PROBES.items() if not p.reads_gradients}
         self.spectra_at = spectrum_steps(setup.steps, self.cfg.spectra)
-        evaluations = self.cfg.evaluations
-        self.evaluate_at = {
-            math.ceil(setup.steps * (i + 1) / evaluations) for i in range(evaluations)
-        }
+        count = self.cfg.evaluations
+        self.evaluate_at = {math.ceil(setup.steps * (i + 1) / count) for i in range(count)}
 
     def train(self) -> None:
         """Train to the last step, from the last checkpoint if there is one.
@@ -308,7 +307,7 @@ class Trainer:
         return f"NaN or Inf in the loss at step {step}"
 
     def _validate(self) -> None:
-        found = evaluate(self.setup.model, self.setup.splits["validation"])
+        found = self.validation = evaluate(self.setup.model, self.setup.splits["validation"])
         self._record({"validation_score": {"": found.score}, "validation_loss": {"": found.loss}})
         self.on_step(
             self.progress.step,

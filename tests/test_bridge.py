@@ -97,12 +97,18 @@ def test_conf_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
-def test_conf_inside_the_package_is_found_where_there_is_none_beside_it(
+def test_conf_is_beside_the_package_of_a_checkout_and_inside_that_of_a_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "lora_lab").mkdir()
-    monkeypatch.setattr(hydra_bridge, "__file__", str(tmp_path / "lora_lab" / "hydra_bridge.py"))
-    assert conf_folder() == tmp_path / "lora_lab" / "conf"
+    package = tmp_path / "lora_lab"
+    monkeypatch.setattr(hydra_bridge, "__file__", str(package / "hydra_bridge.py"))
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").touch()
+    assert conf_folder() == tmp_path / "conf"
+    (tmp_path / "conf").rename(tmp_path / "moved")
+    package.mkdir()
+    (tmp_path / "moved").rename(package / "conf")
+    assert conf_folder() == package / "conf"
 
 
 # ---- lines, unions, axes -----------------------------------------------------------------------

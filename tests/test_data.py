@@ -317,10 +317,14 @@ def test_a_mistyped_column_is_answered_with_the_columns(tmp_path: Path) -> None:
         assert "different columns" in refused(own(path, label="review").check)
 
 
-def test_the_check_reads_only_the_head(tmp_path: Path) -> None:
+def test_the_check_reads_small_files_whole_and_of_large_ones_only_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(frame(), tmp_path / "t.csv")
     with path.open("a") as stream:
         stream.write("one,two,three\n")
+    assert "cannot be read as csv" in refused(own(path).check)
+    monkeypatch.setattr("lora_lab.data.table.SMALL", 0)
     own(path).check()
     assert "cannot be read as csv" in refused(own(path).load)
 

@@ -91,7 +91,7 @@ def test_a_refitted_head_is_the_best_linear_one() -> None:
 
 
 def test_the_oracle_grid_ends_at_q() -> None:
-    assert oracle_grid(64) == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert oracle_grid(64) == [0, 1, 2, 4, 8, 16, 64]
     assert oracle_grid(1) == [0, 1]
 
 

@@ -239,7 +239,8 @@ def text_problem(
     taken = {}
     for split in SPLITS:
         asked = getattr(config, f"{split}_examples")
-        need_examples(split, asked, len(cut[split]))
+        if not config.sizes_are_limits:
+            need_examples(split, asked, len(cut[split]))
         taken[split] = cut[split][:asked]
     return Problem(
         kind="text",

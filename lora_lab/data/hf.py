@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_lab.config import literal_path, need
 from lora_lab.data import (
@@ -70,6 +70,8 @@ class HFData(DataSet):
     label: str = "label"
     config: str = ""
     revision: str = ""
+
+    sizes_are_limits: ClassVar[bool] = True
 
     def check(self) -> None:
         need(bool(self.name), "data.name", "a folder or a name on the hub", repr(self.name))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_lab.config import literal_path, need
 from lora_lab.data import DATA, DataSet, Problem, distinct, held_out, splits, text_problem
@@ -27,6 +27,8 @@ FEW_DECIMALS, MOST_DECIMALS = 10, 50
 measurements; between them those that hardly repeat are."""
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+SMALL = 1 << 24
+"""Bytes up to which a file is read whole before anything starts, to find what is wrong in it."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 20, 1 << 26
 """Bytes of a CSV that are parsed at once; a row must fit in one block."""
 
@@ -51,15 +53,25 @@ class Table(DataSet):
     text: str = "text"
     label: str = "label"
 
+    sizes_are_limits: ClassVar[bool] = True
+
     def check(self) -> None:
+        path = self._place()
+        if path.stat().st_size < SMALL:
+            self._problem(path)
+
+    def load(self) -> Problem:
+        return self._problem(self._place())
+
+    def _place(self) -> Path:
+        """The file, once its name and its columns are known to be right."""
         need(bool(self.path), "data.path", f"a file ({', '.join(SUFFIXES)})", repr(self.path))
         path = literal_path(self.path)
         need_table(path)
         need_columns(header(path), self.text, self.label, repr(str(path)))
+        return path
 
-    def load(self) -> Problem:
-        self.check()
-        path = literal_path(self.path)
+    def _problem(self, path: Path) -> Problem:
         texts, words = read(path, self.text, self.label)
         classes, labels = encode(words, self.label)
         examples = distinct(texts, labels)
