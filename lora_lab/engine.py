@@ -343,8 +343,8 @@ def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -
     every = [one for wave in waves for one in wave]
     if len(every) > MANY and not host.yes:
         raise WrongInput(
-            f"{name} has {len(every)} runs, more than {MANY}; look at `lora-lab plan {name}` and "
-            "add host.yes=true."
+            f"{name} has {len(every)} runs, more than {MANY}; narrow it, or add host.yes=true if "
+            "that many are meant."
         )
     store = Store(host.results, create=True)
     todo = {one.run_id for one in left(every, store)}

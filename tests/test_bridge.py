@@ -253,7 +253,7 @@ def test_more_combinations_than_can_be_planned_are_refused_at_once() -> None:
 )
 def test_paths_and_column_names_mean_nothing_but_themselves(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    path.write_text('"the, text (a)",[stars]\ngood,1\nbad,0\n')
+    path.write_text('"the, text (a)",[stars]\ngood,1\nbad,0\nfine,1\nawful,0\n')
     words = ["data=table", f"data.path={path}", "data.text=the, text (a)", "data.label=[stars]"]
     (run,), _ = plan([words])
     assert run.config.data.path == str(path)
@@ -264,7 +264,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "t.csv").write_text("text,label\ngood,1\nbad,0\n")
+    (tmp_path / "t.csv").write_text("text,label\ngood,1\nbad,0\nfine,1\nawful,0\n")
     (run,), host = plan([["data=table", "data.path=~/t.csv", "host.results=~/my, results"]])
     assert host.results == str(tmp_path / "my, results")
     assert run.config.data.path == "~/t.csv", "as given, so that the id is the same for all users"

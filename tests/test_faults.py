@@ -258,14 +258,14 @@ def test_a_run_that_hangs_is_ended_at_its_timeout_and_the_others_finish(
     how: str, tmp_path: Path, unkilled: Callable[[int], Unkilled]
 ) -> None:
     results = tmp_path / "results"
-    words = ("adapter=lora", "host.timeout=0.0005")  # hours: 1.8 s
+    words = ("adapter=lora", "host.timeout=0.001")  # hours: 3.6 s
     sweep = start(results, FEW, *words, patch=functools.partial(hang, how))
     assert sweep.wait(60) == 1, sweep.output.read_text()
     assert sweep.gone() == []
     assert statuses(results) == {"done": FEW - 1, "failed": 1}
     failed = tables(results)["runs"].set_index("status").loc["failed"]
     assert failed["seed"] == 3
-    assert "host.timeout=0.0005" in failed["error"]
+    assert "host.timeout=0.001" in failed["error"]
     assert failed["error"] in Store(results).run(str(failed["run_id"])).log.read_text()
     again(results, FEW, unkilled(FEW))
 

@@ -91,25 +91,23 @@ class Planted(ModelConfig):
     full_rate: ClassVar[float] = 3e-3
 
     def shapes(self, data: DataConfig) -> dict[str, tuple[int, int]]:
-        return {name: (w.shape[0], w.shape[1]) for name, w in _weights(data).items()}
+        if not isinstance(data, PlantedData):
+            raise wrong_kind("planted", "regression", "text")
+        return {
+            name: (out * data.width, inner * data.width) for name, (out, inner) in LAYERS.items()
+        }
 
     def precision(self, device: str) -> str:
         return "float32"
 
-    def build(self, data: DataConfig, problem: Problem, dropout: float) -> Model:
-        return PlantedRegression(_weights(data))
+    def build(self, data: PlantedData, problem: Problem, dropout: float) -> Model:
+        return PlantedRegression(base_weights(data))
 
     def encode(self, problem: Problem, split: str, cache: Path) -> Rows:
         return Rows(problem.inputs[split], problem.targets[split])
 
-    def fingerprint(self, data: DataConfig) -> str:
+    def fingerprint(self, data: PlantedData) -> str:
         digest = hashlib.sha256()
-        for name, weight in _weights(data).items():
+        for name, weight in base_weights(data).items():
             digest.update(name.encode() + weight.astype("<f4").tobytes())
         return digest.hexdigest()
-
-
-def _weights(data: DataConfig) -> dict[str, np.ndarray]:
-    if not isinstance(data, PlantedData):
-        raise wrong_kind("planted", "regression", "text")
-    return base_weights(data)
