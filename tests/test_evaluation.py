@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics
 
 from lora_lab import hydra_bridge
 from lora_lab.adapters import snapshot
@@ -67,7 +68,6 @@ def test_head_is_the_floor_and_full_the_ceiling(tmp_path: Path, full: Setup) -> 
 
 
 def test_accuracy_and_r2_are_those_of_sklearn() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(50, 3)), rng.integers(0, 3, 50)
     assert score(logits, labels) == metrics.accuracy_score(labels, logits.argmax(1))
