@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 from pebble import ProcessExpired, ProcessPool
+from threadpoolctl import threadpool_limits
 
 from lora_lab.analysis import measure_missing
 from lora_lab.config import Host, Keep, RunConfig, changed_default
@@ -114,6 +115,8 @@ def work(task: Task) -> str:
     import torch
 
     torch.set_num_threads(task.threads)
+    # numpy's BLAS too: two workers with two spinning threads each decompose 20 times slower.
+    threadpool_limits(task.threads)
     store = Store(task.results, create=True)
     run = store.run(task.run_id)
     with _held(run):
