@@ -48,6 +48,9 @@ PRELOAD = [
 ]
 """What the fork server imports once; nothing of it computes at import."""
 
+STOP = threading.Event()
+"""A sweep was asked to stop. Python drops an exception that a signal raises inside a finalizer."""
+
 MANY = 200
 """Runs above which a sweep wants `host.yes=true`."""
 
@@ -294,30 +297,33 @@ def _stoppable() -> Iterator[None]:
     """Let SIGTERM interrupt as Ctrl-C does. Only a main thread can be told of signals."""
 
     def stop(*_: object) -> None:
+        STOP.set()
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    STOP.clear()
+    with _handled_by(stop):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Ignore a second Ctrl-C for the moment that it takes to stop the workers."""
+    with _handled_by(signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Any) -> Iterator[None]:
+    """SIGINT and SIGTERM go to a handler."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @_stoppable()
@@ -402,8 +408,18 @@ def _pool(workers: int) -> Iterator[ProcessPool]:
     """Worker processes of one task each; they are gone when this returns, whatever happened."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    # The fork server's imports take seconds, in which one may want to stop. So it is waited for
+    # with a process that needs nothing of this one, and the pool is started without a break.
+    first = context.Process(target=os.getpid)
+    with contextlib.suppress(EOFError, OSError):
+        first.start()
+        first.join()
     pool = ProcessPool(max_workers=workers, max_tasks=1, context=context)
     try:
+        with _handled_by(lambda *_: STOP.set()), contextlib.suppress(RuntimeError):
+            assert pool.active, "asking starts its workers"
+        if STOP.is_set():
+            raise KeyboardInterrupt
         yield pool
         pool.close()
         pool.join()
@@ -447,6 +463,8 @@ def _through(
             lost.append((one, task))
     while waiting:
         ended, _ = concurrent.futures.wait(waiting, timeout=0.25, return_when="FIRST_COMPLETED")
+        if STOP.is_set():
+            raise KeyboardInterrupt
         for future in ended:
             one, task = waiting.pop(future)
             if isinstance(future.exception(), BrokenProcessPool):

@@ -173,8 +173,11 @@ def _start_servers_by_fork() -> None:
 
 def _fork_instead(path: bytes, args: Sequence[str], keep: Sequence[int]) -> int:
     """`util.spawnv_passfds` for `python -c code`: the code runs in a fork, files closed alike."""
+    # The real one runs no Python code, in which an interruption could get lost.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     status = 1
     try:
@@ -183,7 +186,8 @@ def _fork_instead(path: bytes, args: Sequence[str], keep: Sequence[int]) -> int:
             os.closerange(start, fd)
             start = fd + 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         forkserver._forkserver.__init__()  # type: ignore[misc]
         if "forkserver" in args[-1]:
             orphans._guard()  # its first import, in a fresh interpreter

@@ -49,8 +49,11 @@ class WandbMirror(Mirror):
                 dir=str(results),
                 mode=mode,
                 resume="allow" if mode == "online" else None,
-                # Never a question, never a line on the terminal.
-                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+                # Never a question, never a line on the terminal; and only what the ledger has, so
+                # no monitor of the machine, a process that outlives a killed run by seconds.
+                settings=wandb.Settings(
+                    silent=True, console="off", init_timeout=30, x_disable_stats=True
+                ),
             )
 
         self._try(start)
