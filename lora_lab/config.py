@@ -200,8 +200,9 @@ class Host:
     results : str
         Results folder.
     workers, threads : int or None
-        Processes at once and torch threads of each; None: one worker per core, one thread each.
-        Sums differ in the last bits between thread counts, so `threads` is recorded per run.
+        Processes at once and torch threads of each; None: one worker per core, and the cores shared
+        out among the workers (so `workers=1` alone computes with all of them). Sums differ in the
+        last bits between thread counts, so `threads` is recorded per run.
     device : str
         `auto`, `cpu`, `cuda`, `mps` …, as accelerate names them.
     tracker : Tracker

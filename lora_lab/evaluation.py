@@ -15,7 +15,7 @@ from lora_lab.batches import by_length
 from lora_lab.linalg import Spectrum
 from lora_lab.models import Examples, Model
 
-EVAL_BATCH = 128
+EVAL_BATCH = 64
 
 
 @dataclass(frozen=True)

@@ -318,7 +318,7 @@ class Trainer:
     def _snapshot(self) -> None:
         """Keep dW_t for the analysis after training; decomposing it now would slow training."""
         if self.setup.accelerator.is_main_process:
-            self.work.write_snapshot(self.progress.step, snapshot(self.setup.adapted))
+            self.work.keep_snapshot(self.progress.step, snapshot(self.setup.adapted))
         self.progress.snapshots.append(self.progress.step)
 
     def _save(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,6 +71,10 @@ class TextClassifier(Model):
         return F.cross_entropy(output, targets)
 
 
+WIDTHS = 8
+"""Batches are padded to a multiple of so many tokens, or to the most that the model may see."""
+
+
 class Tokens:
     """Ragged token ids of one split.
 
@@ -80,8 +84,10 @@ class Tokens:
         Tokens of each example, after truncation.
     """
 
-    def __init__(self, ids: np.ndarray, offsets: np.ndarray, targets: np.ndarray, pad: int) -> None:
-        self.ids, self.offsets, self.pad = ids, offsets, pad
+    def __init__(
+        self, ids: np.ndarray, offsets: np.ndarray, targets: np.ndarray, pad: int, widest: int
+    ) -> None:
+        self.ids, self.offsets, self.pad, self.widest = ids, offsets, pad, widest
         self.targets = torch.from_numpy(targets.astype(np.int64))
         self.lengths = np.diff(offsets)
 
@@ -89,7 +95,9 @@ class Tokens:
         return len(self.lengths)
 
     def collate(self, indices: Sequence[int]) -> Batch:
-        width = int(self.lengths[list(indices)].max())
+        # Few widths: each new one costs the CPU's matrix library a compilation per product.
+        width = -(-int(self.lengths[list(indices)].max()) // WIDTHS) * WIDTHS
+        width = min(width, self.widest)
         ids = np.full((len(indices), width), self.pad, dtype=np.int64)
         mask = np.zeros((len(indices), width), dtype=np.int64)
         for row, i in enumerate(indices):
@@ -126,6 +134,8 @@ class TextModel:
 
     pooling: Pooling
     max_tokens: int
+    # Torch's fused attention is the slower one in bfloat16 on a CPU.
+    attention: ClassVar[str] = "eager"
 
     def source(self) -> str:
         """Folder or hub name of the pretrained files."""
@@ -160,7 +170,7 @@ class TextModel:
             for k, v in config.to_dict().items()
             if "drop" in k and isinstance(v, (int, float)) and not isinstance(v, bool)
         }
-        base = self._load(_pretrained, options)
+        base = self._load(_pretrained, self.attention, options)
         hidden = int(getattr(config, "hidden_size", 0) or config.n_embd)
         return TextClassifier(base, hidden, problem.outputs, self.pooling)
 
@@ -186,7 +196,8 @@ class TextModel:
             part = path.with_suffix(f".{os.getpid()}.part")
             save_file(stored, part)
             os.replace(part, path)
-        return Tokens(stored["ids"], stored["offsets"], targets, int(stored["pad"][0]))
+        pad = int(stored["pad"][0])
+        return Tokens(stored["ids"], stored["offsets"], targets, pad, self.max_tokens)
 
     def _tokenize(self, texts: list[str]) -> dict[str, np.ndarray]:
         tokenizer = self._load(_tokenizer)
@@ -204,7 +215,9 @@ def _tokenizer(folder: str, revision: str | None) -> Any:
     )
 
 
-def _pretrained(folder: str, revision: str | None, options: dict[str, float]) -> nn.Module:
+def _pretrained(
+    folder: str, revision: str | None, attention: str, options: dict[str, float]
+) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net: nn.Module = transformers.AutoModel.from_pretrained(
@@ -213,8 +226,7 @@ def _pretrained(folder: str, revision: str | None, options: dict[str, float]) ->
             trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32,
-            # Fused attention is the slower one in bfloat16 on a CPU.
-            attn_implementation="eager",
+            attn_implementation=attention,
             **options,
         )
     return net

@@ -16,6 +16,9 @@ from lora_lab.store.files import Corrupt
 CHECKPOINT, PROGRESS = "checkpoint.safetensors", "progress.json"
 STATE = "state"
 
+HELD = 512 * 2**20
+"""Bytes of snapshots that may wait in memory for the next checkpoint."""
+
 Tensors = Mapping[str, np.ndarray]
 
 
@@ -30,9 +33,11 @@ class Work:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._held: dict[int, Tensors] = {}
 
     def write_checkpoint(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint: tensors, and a state of JSON types, in one file."""
+        self._write_held()
         body = files.encode_tensors(tensors, {STATE: json.dumps(state)})
         files.write_sealed(self.folder / CHECKPOINT, body)
 
@@ -56,19 +61,31 @@ class Work:
     def _snapshot(self, step: int) -> Path:
         return self.folder / f"snapshot-{step}.safetensors"
 
-    def write_snapshot(self, step: int, tensors: Tensors) -> None:
+    def keep_snapshot(self, step: int, tensors: Tensors) -> None:
         """Keep the update at a step until the run is analysed.
 
-        Without fsync, which would cost more than the training step: after a power cut a torn
-        snapshot is found by its digest and the run starts again.
+        In memory while that is small: only a checkpoint needs it on disk, and writing it costs
+        more than the training step.
         """
-        path = self._snapshot(step)
-        part = path.with_name(files.TEMPORARY + path.name)
-        with files.explained(path):
-            part.write_bytes(files.sealed(files.encode_tensors(tensors)))
-            os.replace(part, path)
+        self._held[step] = tensors
+        if sum(t.nbytes for held in self._held.values() for t in held.values()) > HELD:
+            self._write_held()
 
-    def read_snapshot(self, step: int) -> dict[str, np.ndarray]:
+    def _write_held(self) -> None:
+        """Write the snapshots that are in memory.
+
+        Without fsync: after a power cut a torn one is found by its digest and the run starts
+        again.
+        """
+        for step, tensors in self._held.items():
+            path = self._snapshot(step)
+            part = path.with_name(files.TEMPORARY + path.name)
+            with files.explained(path):
+                part.write_bytes(files.sealed(files.encode_tensors(tensors)))
+                os.replace(part, path)
+        self._held = {}
+
+    def read_snapshot(self, step: int) -> Tensors:
         """The update at a step.
 
         Raises
@@ -76,6 +93,8 @@ class Work:
         Corrupt
             When the file is missing or torn.
         """
+        if step in self._held:
+            return self._held[step]
         path = self._snapshot(step)
         return files.decode_tensors(files.read_sealed(path), path)
 
