@@ -6,6 +6,7 @@ Knows updates, spectra and measures; never models, data, adapters or training.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,23 +15,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lora_lab import schema
 from lora_lab.checkpoints import read_updates
 from lora_lab.layers import depth_of, module_of
-from lora_lab.linalg import Spectrum, Update, decompose
+from lora_lab.linalg import Dense, Spectrum, Update, decompose
 from lora_lab.linalg.factored import Array
 from lora_lab.linalg.spectrum import need_finite
-from lora_lab.measures import MEASURES, Measure
+from lora_lab.measures import MEASURES, Level, Measure, Refused
+from lora_lab.nulls import NULLS, level, usual
 from lora_lab.store import Busy, Corrupt, RunDir, Store
 
-COLUMNS = ("layer", "module", "depth", "measure", "k", "side", "value")
+COLUMNS = tuple(name for name in schema.MEASURES if name not in ("run_id", "step"))
 """Columns of `analyze`, beside `flag`."""
 
 
 def rows(
     layer: str,
     update: Update | Spectrum,
-    W0: Array | None = None,
     names: Iterable[str] | None = None,
+    null: str | None = "usual",
+    **given: Any,
 ) -> list[dict[str, Any]]:
     """Every measure of one layer's update that the given material allows.
 
@@ -40,17 +44,22 @@ def rows(
         The layer's name.
     update : Factored, Dense or Spectrum
         An update is decomposed here, with vectors only if a measure needs them.
-    W0 : ndarray (m, n), optional
-        The base weight; without it measures that need it have no row.
     names : iterable of str, optional
         Measures to take; None: all.
+    null : str or None
+        What values are compared with: a file of `lora_lab/nulls`, `usual` (random factors for a
+        factored update, a random matrix for a dense one), or None: no nulls are drawn.
+    **given
+        What measures need beside the spectrum (see `measures.Measure`): ``W0=`` (from which
+        ``base=`` follows), ``update=`` when a Spectrum is given, ``activations=``, ``pair=`` …
+        Measures whose needs are not met have no row: missing is no row, never a number.
 
     Returns
     -------
     list of dict
-        Keys layer, measure, k (NaN if the measure has none), side ('' if none), value. A measure
-        whose needs are not met (W0, r of a factored update, vectors of a given spectrum) has no
-        row: missing is no row, never a number.
+        Keys layer, measure, k (NaN if the measure has none), side ('' if none), value, null,
+        null_low, null_high (NaN if it has no null), and flag: the reason where a measure refuses
+        (then the value is NaN), else ''.
 
     Raises
     ------
@@ -60,37 +69,97 @@ def rows(
     Examples
     --------
     >>> s = Spectrum.of_values([4.0, 3.0], shape=(5, 7))
-    >>> rows("encoder.0.query", s, names=["stable_rank"])
-    [{'layer': 'encoder.0.query', 'measure': 'stable_rank', 'k': nan, 'side': '', 'value': 1.5625}]
+    >>> [row] = rows("encoder.0.query", s, ["stable_rank"])
+    >>> row["value"], round(row["null"], 1), row["null_low"] < row["null"] < row["null_high"]
+    (1.5625, 2.0, True)
     """
-    if W0 is not None:
-        need_finite(W0, what="base weight", layer=layer)
+    given = {name: value for name, value in given.items() if value is not None}
+    if "W0" in given:
+        need_finite(given["W0"], what="base weight", layer=layer)
     chosen = {name: MEASURES[name] for name in (MEASURES if names is None else names)}
     if isinstance(update, Spectrum):
         spectrum = update
     else:
         vectors = any("vectors" in m.needs for m in chosen.values())
         spectrum = decompose(update, vectors=vectors, layer=layer)
-    out = []
-    for name, m in chosen.items():
-        if not _met(m, spectrum, W0):
-            continue
-        given = {"W0": W0} if "W0" in m.needs else {}
-        for k in m.grid(spectrum) if m.grid else (np.nan,):
-            for side in m.sides or ("",):
-                value = m(spectrum, k if m.grid else None, side or None, **given)
-                out.append({"layer": layer, "measure": name, "k": k, "side": side, "value": value})
+        given["update"] = update
+    material = _Material(spectrum, given)
+    against = usual(spectrum) if null == "usual" else null
+    return [
+        {"layer": layer, **row}
+        for name, m in chosen.items()
+        if material.meets(m)
+        for row in _of_measure(name, m, material, against)
+    ]
+
+
+class _Material:
+    """A spectrum and what else is known of its layer; what follows from it is made once."""
+
+    def __init__(self, spectrum: Spectrum, given: dict[str, Any]) -> None:
+        self.spectrum, self.given = spectrum, given
+
+    def meets(self, m: Measure) -> bool:
+        """Whether the measure's needs are met."""
+        have = {"values", *self.given}
+        have |= {"vectors"} if self.spectrum.U is not None else set()
+        have |= {"r"} if self.spectrum.r is not None else set()
+        have |= {"base"} if "W0" in self.given else set()
+        return set(m.needs) <= have
+
+    def of(self, needs: Iterable[str]) -> dict[str, Any]:
+        """The keywords that a measure or a null needs."""
+        if "base" in needs and "base" not in self.given:
+            self.given["base"] = decompose(Dense(self.given["W0"]), vectors=True)
+        return {need: self.given[need] for need in needs}
+
+
+def _of_measure(
+    name: str, m: Measure, material: _Material, against: str | None
+) -> list[dict[str, Any]]:
+    s, given, out = material.spectrum, material.of(m.given), []
+    for k in m.grid(s) if m.grid else (None,):
+        for side in m.sides or (None,):
+            value, flag = math.nan, ""
+            try:
+                value = m(s, k, side, **given)
+            except Refused as reason:
+                flag = str(reason)
+            mean, low, high = _level(name, m, material, against, k, side)
+            out.append(
+                {
+                    "measure": name,
+                    "k": math.nan if k is None else k,
+                    "side": side or "",
+                    "value": value,
+                    "null": mean,
+                    "null_low": low,
+                    "null_high": high,
+                    "flag": flag,
+                }
+            )
     return out
 
 
-def _met(m: Measure, spectrum: Spectrum, W0: Array | None) -> bool:
-    have = {
-        "values": True,
-        "vectors": spectrum.U is not None,
-        "r": spectrum.r is not None,
-        "W0": W0 is not None,
-    }
-    return all(have.get(need, False) for need in m.needs)
+def _level(
+    name: str,
+    m: Measure,
+    material: _Material,
+    against: str | None,
+    k: float | None,
+    side: str | None,
+) -> Level:
+    """The null of one row; NaN where there is none or the update is zero."""
+    missing = (math.nan, math.nan, math.nan)
+    s = material.spectrum
+    if against is None or m.null is None or s.zero:
+        return missing
+    if callable(m.null):
+        return m.null(s, **m.arguments(k, side, material.of(m.given)))
+    needs = [need for need in NULLS[against].needs if need != "r"]
+    if not set(needs) <= material.given.keys():
+        return missing
+    return level(against, name, s, k, side, **material.of(needs))
 
 
 def analyze(
@@ -111,8 +180,9 @@ def analyze(
     Returns
     -------
     DataFrame
-        Columns layer, module, depth, measure, k, side, value and flag (`zero update` for a layer
-        that training did not change, else ''), in the order of the model's layers.
+        The columns of `schema.MEASURES` without run_id and step, and flag (`zero update` for a
+        layer that training did not change, the reason where a measure refuses, else ''), in the
+        order of the model's layers.
 
     Raises
     ------
@@ -122,15 +192,16 @@ def analyze(
     chosen = None if names is None else list(names)
     out = []
     for layer, W0, update in read_updates(base=base, tuned=tuned, adapter=adapter):
-        found = rows(layer, update, W0, chosen)
+        found = rows(layer, update, chosen, W0=W0)
         about = {
             "module": module_of(layer),
             "depth": depth_of(layer),
-            "flag": "" if update.norm() else "zero update",
         }
-        out += [row | about for row in found]
+        zero = {} if update.norm() else {"flag": "zero update"}
+        out += [row | about | zero for row in found]
     table = pd.DataFrame(out, columns=[*COLUMNS, "flag"])
-    return table.astype({"depth": "float64", "k": "float64", "value": "float64"})
+    floats = [name for name in COLUMNS if schema.MEASURES[name][0] == "float64"]
+    return table.astype(dict.fromkeys(floats, "float64"))
 
 
 def base_key(model_hash: str, start: str, layers: Iterable[str]) -> str:
@@ -168,8 +239,8 @@ def measure_run(
         )
         # Against the base only at the end: a norm of W0 costs more than all other measures.
         W0 = None if base is None or step < last else base[layer].astype(np.float64)
-        out += [{"step": step, **row} for row in rows(layer, spectrum, W0, chosen)]
-    run.write_measures(pd.DataFrame(out), chosen)
+        out += [{"step": step, **row} for row in rows(layer, spectrum, chosen, W0=W0)]
+    run.write_measures(pd.DataFrame(out).drop(columns="flag", errors="ignore"), chosen)
 
 
 def measure_missing(store: Store) -> dict[str, list[str]]:

@@ -40,7 +40,13 @@ MEASURES = {
     "k": ("float64", "parameter of the measure (kept directions, threshold); NaN if it has none"),
     "side": ("string", "left or right, variant, or ''"),
     "value": ("float64", "the value; NaN where undefined"),
+    "null": ("float64", "mean of the measure where there is nothing to find; NaN without a null"),
+    "null_low": ("float64", "lower end of the null's central 95 %"),
+    "null_high": ("float64", "upper end of the null's central 95 %"),
 }
+
+ADDED = ("null", "null_low", "null_high")
+"""Columns that older tables lack: read as NaN."""
 
 TRACES = {
     "run_id": ("string", "the run"),

@@ -10,10 +10,14 @@ import lora_lab.analysis as analysis
 from lora_lab.analysis import analyze, rows
 from lora_lab.layers import depth_of, module_of
 from lora_lab.linalg import Dense, Factored, Spectrum, decompose
-from lora_lab.measures import MEASURES, measure
+from lora_lab.measures import MEASURES
 from lora_lab.registry import WrongInput
+from tests.material import all_values, material
 
 LAYERS = [f"layer.{i}.{name}" for i in (0, 2, 10) for name in ("key", "query")]
+
+
+KEYS = ("layer", "measure", "k", "side", "value", "null", "null_low", "null_high", "flag")
 
 
 @pytest.fixture
@@ -34,28 +38,61 @@ def folders(tmp_path):
 def test_every_measure_has_its_rows_with_all_k_and_sides():
     rng = np.random.default_rng(1)
     update = Factored(rng.standard_normal((12, 3)), rng.standard_normal((3, 9)))
-    found = rows("layer.0.key", update, W0=np.eye(12, 9))
+    of = material(update)
+    needs = {need for name in MEASURES for need in MEASURES[name].given} - {"update"}
+    given = {need: getattr(of, need, None) for need in needs - {"base", "pair", "seeds"}}
+    given["pair"] = decompose(of.pair_update, vectors=True)
+    given["seeds"] = [decompose(u, vectors=True) for u in of.others]
+    found = rows("layer.0.key", update, **given)
     assert {row["measure"] for row in found} == set(MEASURES)
-    assert all(set(row) == {"layer", "measure", "k", "side", "value"} for row in found)
+    assert all(set(row) == set(KEYS) for row in found)
     keys = [(row["measure"], row["k"], row["side"]) for row in found]
     assert len({str(key) for key in keys}) == len(keys)
     errors = [row for row in found if row["measure"] == "truncation_error"]
     assert {row["k"] for row in errors} == {0, 1, 2, 4, 8, 9}
     assert {row["side"] for row in errors} == {"frobenius", "spectral", "nuclear"}
     assert {row["k"] for row in found if row["measure"] == "energy_rank"} >= {0.9, 0.95, 0.99}
-    s = decompose(update)
+    values = all_values(of, ("rank", "ratio", "size"))
     for row in found:
-        k = None if math.isnan(row["k"]) else row["k"]
-        given = {"W0": np.eye(12, 9)} if row["measure"] == "update_ratio" else {}
-        expected = measure(row["measure"], s, k, row["side"] or None, **given)
-        assert row["value"] == expected, row
+        key = row["measure"], None if math.isnan(row["k"]) else row["k"], row["side"] or None
+        if row["flag"]:
+            assert math.isnan(row["value"])
+            assert key not in values
+        else:
+            assert row["value"] == pytest.approx(values[key], rel=1e-9, abs=1e-12, nan_ok=True), row
 
 
 def test_a_measure_whose_needs_are_not_met_has_no_row():
     found = {row["measure"] for row in rows("x", Dense(np.eye(4)))}
-    without = {"update_ratio", "utilization", "stable_utilization", "normalized_entropy_r"}
-    assert found == set(MEASURES) - without
-    assert {row["measure"] for row in rows("x", Spectrum.of_values([1.0]))} == found
+    alone = {n for n in MEASURES if set(MEASURES[n].needs) <= {"values", "vectors", "update"}}
+    assert found == alone
+    assert not found & {"update_ratio", "utilization", "stable_utilization", "normalized_entropy_r"}
+    alone = {name for name in MEASURES if set(MEASURES[name].needs) == {"values"}}
+    assert {row["measure"] for row in rows("x", Spectrum.of_values([1.0]))} == alone
+
+
+def test_a_count_stands_beside_its_null_and_a_size_has_none():
+    rng = np.random.default_rng(1)
+    for update in (
+        Factored(rng.standard_normal((50, 6)), rng.standard_normal((6, 40))),
+        Dense(rng.standard_normal((50, 40))),
+    ):
+        found = rows("x", update)
+        for row in found:
+            ends = (row["null_low"], row["null"], row["null_high"])
+            m = MEASURES[row["measure"]]
+            if m.null == "random" and not row["flag"]:
+                assert ends == tuple(sorted(ends)), row
+                # The update is a draw of its own null.
+                width = ends[2] - ends[0]
+                assert ends[0] - 2 * width - 1e-9 <= row["value"] <= ends[2] + 2 * width + 1e-9, row
+            elif m.kind == "size":
+                assert all(math.isnan(end) for end in ends)
+        none = rows("x", update, null=None)
+        assert all(math.isnan(row["null"]) for row in none)
+        assert [row["value"] for row in none] == pytest.approx(
+            [row["value"] for row in found], nan_ok=True
+        )
 
 
 def test_an_update_is_decomposed_once_and_a_spectrum_never(monkeypatch):
@@ -100,7 +137,8 @@ def test_analyze_gives_a_tidy_table_in_the_models_order(folders):
     base, tuned = folders
     table = analyze(base=base, tuned=tuned)
     assert list(table.columns) == [
-        "layer", "module", "depth", "measure", "k", "side", "value", "flag"
+        "layer", "module", "depth", "measure", "k", "side", "value",
+        "null", "null_low", "null_high", "flag",
     ]  # fmt: skip
     assert list(dict.fromkeys(table["layer"])) == LAYERS, "block 2 comes before block 10"
     assert not table.duplicated(["layer", "measure", "k", "side"]).any()

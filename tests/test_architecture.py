@@ -20,7 +20,7 @@ PACKAGE = ROOT / "lora_lab"
 
 FLOORS = {
     1: "registry config schema stats layers targets tensorfile embedded orphans linalg",
-    2: "measures probes inits models data figures trackers store checkpoints batches",
+    2: "measures nulls probes inits models data figures trackers store checkpoints batches",
     3: "adapters analysis",
     4: "training evaluation execution hydra_bridge",
     5: "engine report",
@@ -41,7 +41,13 @@ HOMES = {
     "jinja2": ("lora_lab/report/",),
     "plotly": ("lora_lab/report/",),
     "rich": ("lora_lab/cli.py", "lora_lab/display.py", "lora_lab/progress.py"),
-    "scipy": ("lora_lab/linalg/", "lora_lab/measures/", "lora_lab/stats.py", "lora_lab/evaluation"),
+    "scipy": (
+        "lora_lab/linalg/",
+        "lora_lab/measures/",
+        "lora_lab/nulls/",
+        "lora_lab/stats.py",
+        "lora_lab/evaluation",
+    ),
     "peft": (),  # only its file format is known, in checkpoints.py
     "gguf": ("lora_lab/checkpoints.py",),
     "torch": (

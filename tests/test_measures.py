@@ -11,6 +11,7 @@ import pytest
 from lora_lab.linalg import Dense, Factored, Spectrum, decompose
 from lora_lab.measures import MEASURES, measure
 from lora_lab.registry import WrongInput
+from tests.material import ENTRYWISE, INPUT_SIDE, all_values, material, swapped
 
 CURVES = {
     "flat": [1.0, 1.0, 1.0, 1.0],
@@ -37,22 +38,6 @@ GOLDEN = {  # the table of the definitions: one row a spectrum, in the order of 
 def spectrum(values, shape=None, r=None):
     values = list(values)
     return Spectrum.of_values(values, shape or (len(values) + 3, len(values)), r=r)
-
-
-def all_values(s, W0=None, kinds=("rank", "ratio")):
-    """Every value of every measure of these kinds: {(name, k, side): value}."""
-    out = {}
-    for name in MEASURES:
-        m = MEASURES[name]
-        if m.kind not in kinds or ("r" in m.needs and s.r is None):
-            continue
-        given = {"W0": W0} if "W0" in m.needs else {}
-        if given and W0 is None:
-            continue
-        for k in m.grid(s) if m.grid else (None,):
-            for side in m.sides or (None,):
-                out[name, k, side] = m(s, k, side, **given)
-    return out
 
 
 def le(*chain):
@@ -90,9 +75,12 @@ def test_a_measure_is_documented_and_its_default_needs_no_parameter(name):
     assert m.function.__name__ == name
     for wanted in ("dW = 0", "References", "Examples", ">>>"):
         assert wanted in text, f"{name}: its docstring lacks {wanted!r}"
-    s = spectrum([4.0, 3.0], r=2)
-    given = {"W0": np.ones(s.shape)} if "W0" in m.needs else {}
-    assert math.isfinite(measure(name, s, **given))
+    rng = np.random.default_rng(0)
+    of = material(Factored(rng.standard_normal((9, 2)), rng.standard_normal((2, 7))))
+    if set(m.needs) == {"values"}:
+        assert math.isfinite(measure(name, decompose(Dense(rng.standard_normal((80, 60))))))
+    else:
+        assert math.isfinite(measure(name, of.spectrum, **of.given(m)))
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (1, 6), (6, 1), (300, 2)])
@@ -101,12 +89,27 @@ def test_a_zero_update_has_rank_zero_and_every_ratio_nan_without_a_warning(shape
     s = Spectrum.of_values([0.0], shape=shape, made_in=made_in, r=2)
     with warnings.catch_warnings(), np.errstate(all="raise"):
         warnings.simplefilter("error")
-        ranks = all_values(s, kinds=("rank",))
-        ratios = all_values(s, np.ones(shape), kinds=("ratio",))
-        sizes = all_values(s, kinds=("size",))
+        ranks, ratios, sizes = (all_values(s, (kind,)) for kind in ("rank", "ratio", "size"))
     assert all(value == 0 for value in ranks.values()), ranks
     assert all(math.isnan(value) for value in ratios.values()), ratios
     assert all(value == 0 for value in sizes.values())
+
+
+@pytest.mark.parametrize(
+    "update", [Factored(np.zeros((9, 2)), np.ones((2, 7))), Dense(np.zeros((9, 7)))]
+)
+def test_a_zero_update_has_rank_zero_and_every_ratio_nan_beside_its_base_and_others(update):
+    with warnings.catch_warnings(), np.errstate(all="raise"):
+        warnings.simplefilter("error")
+        of = material(update)
+        for kind, good in (
+            ("rank", lambda v: v == 0),
+            ("ratio", math.isnan),
+            ("size", lambda v: v == 0),
+        ):
+            found = all_values(of, (kind,))
+            assert found
+            assert all(good(v) for v in found.values()), (kind, found)
 
 
 @pytest.mark.parametrize("curve", CURVES)
@@ -129,18 +132,18 @@ def test_a_size_grows_with_the_update(m):
 def test_transposition_and_rotation_change_no_rank_and_no_ratio(update):
     rng = np.random.default_rng(1)
     Q, P = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (24, 16))
-    W0 = rng.standard_normal((24, 16))
     B, A = rng.standard_normal((24, 5)) * [9, 5, 3, 2, 1], rng.standard_normal((5, 16))
-    if update == "factored":
-        first, turned, rotated = Factored(B, A), Factored(A.T, B.T), Factored(Q @ B, A @ P)
-    else:
-        dW = rng.standard_normal((24, 16)) * np.linspace(2, 0.1, 16)
-        first, turned, rotated = Dense(dW), Dense(dW.T), Dense(Q @ dW @ P)
+    dW = rng.standard_normal((24, 16)) * np.linspace(2, 0.1, 16)
+    of = material(Factored(B, A) if update == "factored" else Dense(dW))
     kinds = ("rank", "ratio", "size")
-    expected = all_values(decompose(first), W0, kinds)
-    same(all_values(decompose(turned), W0.T, kinds), expected, 1e-9)
-    same(all_values(decompose(rotated), Q @ W0 @ P, kinds), expected, 1e-9)
+    expected = all_values(of, kinds)
     assert ("update_ratio", None, "spectral") in expected
+    turning = {n for n in MEASURES if not INPUT_SIDE & set(MEASURES[n].needs)}
+    for got, names in (
+        (swapped(all_values(of.transposed(), kinds)), turning),
+        (all_values(of.mapped(Q, P), kinds), set(MEASURES) - ENTRYWISE),
+    ):
+        same(*({key: v for key, v in x.items() if key[0] in names} for x in (got, expected)), 1e-8)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (1, 9), (9, 1), (1, 1)])

@@ -27,7 +27,16 @@ SLACK = 1e-12
 OF_SPECTRUM = ("values", "vectors", "r")
 """Needs that the Spectrum itself carries; every other need is passed as a keyword of its name."""
 
+DIRECTIONS = 64
+"""Leading directions that measures of vectors look at, at most; what sweeps keep of an update."""
+
 Grid = tuple[float, ...]
+Level = tuple[float, float, float]
+"""A null: its mean and the ends of its central 95 %."""
+
+
+class Refused(WrongInput):
+    """A measure has no answer for this update; the message is the reason. A row holds NaN."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,22 @@ class Measure:
     kind : str
         `rank` (0 for the zero update), `ratio` (NaN for it) or `size` (0; in units of dW).
     needs : tuple of str
-        `values`, `vectors`, `r` (a factored update's configured rank) or keywords such as `W0`.
+        `values`, `vectors` (at most `DIRECTIONS` leading ones are there), `r` (a factored update's
+        configured rank), or keywords: `W0` (m, n); `base`, the Spectrum of W0 with all vectors;
+        `update` itself; `activations`, E[x xᵀ] (n, n); `pair`, another Spectrum with vectors of
+        the same layer; `pair_update`, that update itself; `seeds`, such Spectra of runs that
+        differ in nothing but the seed.
     grid : callable or None
         Spectrum to the k of the measure's rows; None: the measure has no k.
     sides : tuple of str
         Variants, the first is the default; empty: the measure has none.
+    null : str, callable or None
+        What the value is compared with: `random`, the same measure of random updates of the same
+        kind and shape (`lora_lab.nulls`); a function of the measure's own arguments that gives a
+        `Level`; None where there is nothing to compare with.
+    at : str
+        When a run's rows are taken: at `every` stored step, at the `end` only, or `later` (by
+        `lora-lab measure` and `analyze`, not by the training process).
     """
 
     function: Callable[..., float]
@@ -53,6 +73,8 @@ class Measure:
     needs: tuple[str, ...]
     grid: Callable[[Spectrum], Grid] | None
     sides: tuple[str, ...]
+    null: str | Callable[..., Level] | None
+    at: str
 
     def __post_init__(self) -> None:
         # The registry names a member after the file that defines it.
@@ -63,10 +85,8 @@ class Measure:
         """The needs that are passed as keywords."""
         return tuple(need for need in self.needs if need not in OF_SPECTRUM)
 
-    def __call__(
-        self, s: Spectrum, k: float | None = None, side: str | None = None, **given: Any
-    ) -> float:
-        """The measure's value of a spectrum; see the function's own documentation."""
+    def arguments(self, k: float | None, side: str | None, given: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of the function (and of its null) for one row."""
         arguments = {name: given[name] for name in self.given}
         if self.grid is not None and k is not None:
             arguments["k"] = k
@@ -74,7 +94,13 @@ class Measure:
             if side not in self.sides:
                 raise unknown("side", side, self.sides)
             arguments["side"] = side
-        return float(self.function(s, **arguments))
+        return arguments
+
+    def __call__(
+        self, s: Spectrum, k: float | None = None, side: str | None = None, **given: Any
+    ) -> float:
+        """The measure's value of a spectrum; see the function's own documentation."""
+        return float(self.function(s, **self.arguments(k, side, given)))
 
 
 MEASURES: Registry[Measure] = Registry(__name__, "measure")
@@ -85,12 +111,19 @@ def define(
     needs: tuple[str, ...] = ("values",),
     grid: Grid | Callable[[Spectrum], Grid] | None = None,
     sides: tuple[str, ...] = (),
+    null: str | Callable[..., Level] | None = None,
+    at: str = "every",
 ) -> Callable[[Callable[..., float]], Callable[..., float]]:
-    """Decorator: enter a function as the measure of its file (see `Measure` for the arguments)."""
+    """Decorator: enter a function as the measure of its file (see `Measure` for the arguments).
+
+    A rank or ratio of singular values alone is compared with `random` updates by itself.
+    """
+    shapely = kind != "size" and set(needs) <= {"values", "r"}
+    against = "random" if shapely and null is None else null
 
     def enter(function: Callable[..., float]) -> Callable[..., float]:
         points = grid if grid is None or callable(grid) else lambda _: grid
-        MEASURES.register(Measure(function, kind, needs, points, sides))
+        MEASURES.register(Measure(function, kind, needs, points, sides, against, at))
         return function
 
     return enter
@@ -134,8 +167,12 @@ def measure(
     if side is not None and not m.sides:
         raise WrongInput(f"measure {name!r} has no sides; got side = {side!r}. Leave it out.")
     missing = [need for need in m.given if given.get(need) is None]
-    if missing or ("r" in m.needs and spectrum.r is None):
-        need = ", ".join(missing) or "the configured rank r of a factored update"
+    missing += ["the configured rank r of a factored update"] * (
+        "r" in m.needs and spectrum.r is None
+    )
+    missing += ["a spectrum with vectors"] * ("vectors" in m.needs and spectrum.U is None)
+    if missing:
+        need = ", ".join(missing)
         raise WrongInput(f"measure {name!r} needs {need}, which this call does not give.")
     return m(spectrum, k, side, **given)
 

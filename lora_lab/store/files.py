@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 
+from lora_lab.schema import ADDED
+
 TEMPORARY = ".tmp-"
 """Start of the name of a file or folder that is being written or removed; readers skip it."""
 
@@ -241,7 +243,9 @@ def encode_table(table: pa.Table) -> bytes:
 
 
 def decode_table(data: bytes, schema: pa.Schema, path: Path) -> pa.Table:
-    """The columns of `schema` of a Parquet file; `path` is for the message.
+    """The columns of `schema` of a Parquet file (NaN for those it is too old to have).
+
+    `path` is for the message.
 
     Raises
     ------
@@ -250,6 +254,8 @@ def decode_table(data: bytes, schema: pa.Schema, path: Path) -> pa.Table:
     """
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        for name in set(ADDED) & set(schema.names) - set(table.column_names):
+            table = table.append_column(name, pa.array(np.full(len(table), np.nan)))
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         reason = str(error).partition("\n")[0]
