@@ -297,7 +297,9 @@ def test_a_sweep_that_is_asked_to_stop_is_gone_within_five_seconds_and_says_how_
         results = next(folders)
         sweep = start(results, FEW)
         until((results / "sweeps" / "train.json").exists)  # the sweep itself, not its planning
-        time.sleep(chance.uniform(0, whole.seconds / 2))
+        done = chance.randrange(FEW)  # of twice as many: it cannot be over, however fast it is
+        until(lambda: len(stamps(results)) >= done)  # noqa: B023
+        time.sleep(chance.uniform(0, 0.2))
         asked = time.monotonic()
         sweep.kill(group, number)
         status = sweep.wait(10)
