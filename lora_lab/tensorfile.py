@@ -1,12 +1,13 @@
-"""Matrices of safetensors files, memory-mapped, without torch. Pickles are never read."""
+"""Matrices of safetensors files, read in blocks, without torch. Pickles are never read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,17 @@ from lora_lab.registry import WrongInput
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' words for the dtypes that are read, and their names here."""
 
-QUANTISED = ("F8", "F4")
+SMALL_FLOATS = ("F8", "F6", "F4")
+"""Starts of safetensors' words for quantised floats: worth nothing without their scales."""
+
+SMALL_INTEGERS = ("I8", "U8")
+"""Words for what quantised weights are stored as, if the tensor is a weight."""
+
+BLOCK = 1 << 18
+"""Entries that are read and cast at a time."""
+
+JSON_LIMIT = 1 << 26
+"""Bytes of the largest JSON file that is read; an index of 100,000 tensors has a sixth of it."""
 
 NEVER_PICKLES = (
     "Only safetensors are read, never pickles (.bin, .pt);"
@@ -45,14 +56,60 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one entry."""
+        return self._stored.itemsize
+
+    @property
+    def _stored(self) -> np.dtype[Any]:
+        return np.dtype("u2" if self.dtype == "bfloat16" else self.dtype).newbyteorder("<")
+
     def load(self) -> NDArray[np.float64]:
-        """The tensor as float64, read through a memory map."""
-        stored = np.dtype("u2" if self.dtype == "bfloat16" else self.dtype).newbyteorder("<")
-        raw = np.memmap(self.path, stored, "r", offset=self.start, shape=self.shape)
+        """The tensor as float64.
+
+        It is read and cast in blocks, so that memory never holds more than the result and 5 MB.
+        A file that was cut short since its header was read ends in an error, where a memory map
+        would end the process.
+
+        Raises
+        ------
+        WrongInput
+            If the file is gone or shorter than its header said.
+        """
+        out = np.empty(self.size)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                for at in range(0, self.size, BLOCK):
+                    part = out[at : at + BLOCK]
+                    part[:] = self._block(file, part.size)
+        except (OSError, ValueError) as error:
+            raise WrongInput(
+                f"{self.path} changed while it was read ({one_line(error)}). Start again."
+            ) from None
+        return out.reshape(self.shape)
+
+    def _block(self, file: BinaryIO, count: int) -> NDArray[Any]:
+        raw = np.frombuffer(file.read(count * self.width), self._stored, count)
         if self.dtype == "bfloat16":
             # bfloat16 is the upper half of a float32; numpy has no such dtype.
-            return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        return raw.astype(np.float64)
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw
+
+    def blocks(self, size: int) -> Iterator[bytes]:
+        """Its bytes as stored, at most `size` at a time."""
+        left = self.size * self.width
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            while left and (block := file.read(min(size, left))):
+                left -= len(block)
+                yield block
 
 
 def tensors_of(path: Path) -> dict[str, StoredTensor]:
@@ -70,7 +127,7 @@ def tensors_of(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WrongInput(
             f"{path} is not a whole safetensors file ({one_line(error)}). Copy or save it again."
         ) from None
@@ -86,25 +143,38 @@ def tensors_of(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def flat(tensor: StoredTensor) -> StoredTensor:
+    """A convolution's kernel (out, in, ...) as the matrix (out, in * ...); a matrix as it is."""
+    if len(tensor.shape) < 3:
+        return tensor
+    return replace(tensor, shape=(tensor.shape[0], math.prod(tensor.shape[1:])))
+
+
 def matrices(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The weight matrices among tensors: two-dimensional, float, not empty.
+    """The weight matrices among tensors: float, not empty, two or more dimensions.
+
+    Kernels of convolutions come flattened to (out, rest). Of more than two dimensions at least
+    two must exceed 1: a token (1, 1, n) is a vector.
 
     Raises
     ------
     WrongInput
-        For a quantised (8- or 4-bit float) matrix: left out silently it would look unchanged.
+        For a quantised weight (8 bits and less): left out silently it would look unchanged.
     """
     out = {}
     for name, tensor in tensors.items():
-        if len(tensor.shape) != 2 or 0 in tensor.shape:
+        shape = tensor.shape
+        if len(shape) < 2 or 0 in shape or (len(shape) > 2 and sum(n > 1 for n in shape) < 2):
             continue
-        if tensor.dtype.startswith(QUANTISED):
+        if tensor.dtype.startswith(SMALL_FLOATS) or (
+            tensor.dtype in SMALL_INTEGERS and name.endswith("weight")
+        ):
             raise WrongInput(
                 f"tensor {name!r} of {tensor.path} is {tensor.dtype}; quantised weights are not"
-                f" read yet, allowed: {', '.join(FLOATS)}. Dequantise the model first."
+                f" read, allowed: {', '.join(FLOATS)}. Dequantise the model first."
             )
         if tensor.dtype in FLOATS.values():
-            out[name] = tensor
+            out[name] = flat(tensor)
     return out
 
 
@@ -161,8 +231,10 @@ def holds_no(folder: Path, wanted: str) -> WrongInput:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or `WrongInput`."""
     try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise ValueError(f"larger than {JSON_LIMIT >> 20} MB")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WrongInput(f"{path} cannot be read as JSON ({one_line(error)}).") from None
     if not isinstance(content, dict):
         raise WrongInput(f"{path} must hold a JSON object; got a {type(content).__name__}.")
