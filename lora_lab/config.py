@@ -145,6 +145,9 @@ class TrainConfig:
         Steps between two trace rows.
     spectra : int
         Number of log-spaced steps at which the spectrum of dW_t is taken; 0: only the last.
+    gradient_spectra : bool
+        At these steps and the last also take the traces that decompose gradient, mean gradient
+        and step of every layer. Each such step costs as much as ten others (MiniLM).
     evaluations : int
         Number of evenly spaced evaluations on the validation split; the last is at the end.
     """
@@ -162,6 +165,7 @@ class TrainConfig:
     also: str = "classifier"
     trace_every: int = 10
     spectra: int = 6
+    gradient_spectra: bool = False
     evaluations: int = 4
 
     def __post_init__(self) -> None:

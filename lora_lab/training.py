@@ -22,7 +22,7 @@ from lora_lab.data import Problem
 from lora_lab.evaluation import Scored, evaluate
 from lora_lab.linalg import Update
 from lora_lab.models import Examples, Model
-from lora_lab.probes import PROBES, Moment
+from lora_lab.probes import PROBES, History, Moment, copies
 from lora_lab.registry import WrongInput
 from lora_lab.store import Work
 
@@ -188,8 +188,7 @@ class Trainer:
             list(self.parameters.values()), lr=peak, weight_decay=self.cfg.weight_decay, fused=True
         )
         self.scheduler = schedule(self.optimizer, self.cfg.schedule, self.cfg.warmup, setup.steps)
-        self.gradient_probes = {n: p for n, p in PROBES.items() if p.reads_gradients}
-        self.step_probes = {n: p for n, p in PROBES.items() if not p.reads_gradients}
+        self.probes, self.history = dict(PROBES), History()
         self.spectra_at = spectrum_steps(setup.steps, self.cfg.spectra)
         count = self.cfg.evaluations
         self.evaluate_at = {math.ceil(setup.steps * (i + 1) / count) for i in range(count)}
@@ -250,12 +249,17 @@ class Trainer:
                 saved = time.perf_counter()
             clock = time.perf_counter()
 
-    def _traced(self, step: int) -> bool:
-        return step == 1 or step == self.setup.steps or step % self.cfg.trace_every == 0
+    def _due(self, step: int) -> set[str]:
+        """Which kinds of probes are taken at a step, see `probes.Probe.at`."""
+        last = step == self.setup.steps
+        traced = step == 1 or last or step % self.cfg.trace_every == 0
+        spectra = self.cfg.gradient_spectra and (step in self.spectra_at or last)
+        return {kind for kind, due in (("traced", traced), ("spectra", spectra)) if due}
 
     def _watch(self, step: int) -> None:
+        watched = bool(self._due(step))
         for layer in self.setup.adapted.values():
-            layer.watched = self._traced(step)
+            layer.watched = watched
             layer.forget()
 
     def _reduce(self) -> None:
@@ -267,15 +271,18 @@ class Trainer:
     def _finish_step(self, loss: torch.Tensor, clock: float) -> None:
         """Trace, clip, step. Gradients are traced as they are, before clipping."""
         done, step = self.progress, self.progress.step
-        traced = self._traced(step)
+        due = self._due(step)
         speed = done.examples / max(done.seconds + time.perf_counter() - clock, 1e-9)
         rate = float(self.scheduler.get_last_lr()[0])
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        moment = Moment(self.setup.adapted, loss, norm, rate, speed)
-        if traced:
+        before = copies(self.setup.adapted) if due else {}
+        moment = Moment(step, self.setup.adapted, loss, norm, rate, speed, self.history, before)
+        if due:
             self._reduce()
-            self._record({n: p.values(moment) for n, p in self.gradient_probes.items()})
+            if self.cfg.gradient_spectra:
+                self.history.add_gradients(self.setup.adapted)
+            self._probe(moment, due, gradients=True)
         if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
             raise Diverged(self._where(step, float(loss)))
         if self.cfg.clip is not None:
@@ -283,9 +290,20 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        if traced:
-            self._record({n: p.values(moment) for n, p in self.step_probes.items()})
+        if due:
+            self._probe(moment, due, gradients=False)
+        if "traced" in due:
             self.on_step(step, self.setup.steps, {"loss": float(loss), "lr": rate})
+
+    def _probe(self, moment: Moment, due: set[str], gradients: bool) -> None:
+        """Take the probes of this side of the step that are due."""
+        self._record(
+            {
+                name: probe.values(moment)
+                for name, probe in self.probes.items()
+                if probe.at in due and probe.reads_gradients is gradients
+            }
+        )
 
     def _record(self, found: dict[str, dict[str, Any]]) -> None:
         """Enter trace values; one transfer from the device for all of them."""
@@ -295,10 +313,12 @@ class Trainer:
             return
         numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in values])
         step = self.progress.step
-        self.progress.traces += [
+        rows = [
             (step, layer, trace, value)
             for (layer, trace), value in zip(keys, numbers.tolist(), strict=True)
         ]
+        self.progress.traces += rows
+        self.history.enter(rows)
 
     def _where(self, step: int, loss: float) -> str:
         for name, parameter in self.parameters.items():
@@ -329,6 +349,7 @@ class Trainer:
         for i, name in enumerate(self.parameters):
             for key, value in self.optimizer.state_dict()["state"].get(i, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = value
+        tensors |= {f"gradients/{name}": G for name, G in self.history.gradients.items()}
         tensors["generator"] = torch.get_rng_state()
         self.work.write_checkpoint(
             {name: t.detach().cpu().numpy() for name, t in tensors.items()},
@@ -344,21 +365,25 @@ class Trainer:
         self.scheduler.load_state_dict(state.pop("scheduler"))
         state["traces"] = [tuple(row) for row in state["traces"]]
         self.progress = Progress(**state)
+        self.history = History(self.progress.traces, _under("gradients/", tensors))
         optimizer = self.optimizer.state_dict()
         for i, (name, parameter) in enumerate(self.parameters.items()):
             parameter.data.copy_(torch.from_numpy(tensors[f"parameter/{name}"]))
-            prefix = f"optimizer/{name}/"
-            moments = {
-                k[len(prefix) :]: torch.from_numpy(v)
-                for k, v in tensors.items()
-                if k.startswith(prefix)
-            }
-            if moments:
+            if moments := _under(f"optimizer/{name}/", tensors):
                 optimizer["state"][i] = moments
         for group in optimizer["param_groups"]:
             group["lr"] = self.scheduler.get_last_lr()[0]
         self.optimizer.load_state_dict(optimizer)
         torch.set_rng_state(torch.from_numpy(tensors["generator"]))
+
+
+def _under(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint whose names start so, by the rest of the name."""
+    return {
+        name.removeprefix(prefix): torch.from_numpy(array)
+        for name, array in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 class _Indices:

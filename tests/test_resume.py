@@ -24,6 +24,7 @@ STEPS = 16
 SHAPE = [
     *("model=planted", "data=planted", "size=smoke", "data.width=64"),
     *("train.batch_size=8", "train.accumulate=2", "train.epochs=4", "train.spectra=4"),
+    "train.gradient_spectra=true",
 ]
 METHODS = {"full": ["adapter=full"], "lora": ["adapter=lora", "adapter.dropout=0.1"]}
 HOST = Host(device="cpu", checkpoint_minutes=0.0)  # a checkpoint after every step

@@ -148,21 +148,23 @@ def test_full_and_lora_record_the_same_traces_before_clipping(
                 f"train.clip={clip}",
                 "train.precision=float64",
                 "train.evaluations=0",
+                "train.gradient_spectra=true",
             )
             rows = trainer.progress.traces
             names[method] = {trace for _, _, trace, _ in rows}
             first[method, clip] = {
                 (layer, trace): v
                 for step, layer, trace, v in rows
-                if step == 1 and trace.startswith("grad_norm")
+                if step == 1 and trace.startswith(("grad", "mean_gradient"))
             }
-    assert names["full"] == names["lora"] - {"grad_norm_A", "grad_norm_B"}
+    of_factors = {"grad_norm_A", "grad_norm_B", "balancedness", "tangent_capture"}
+    assert names["full"] == names["lora"] - of_factors
     assert names["lora"] == set(PROBES)
     for method in ("full", "lora"):
         assert first[method, "1e-6"] == first[method, "1e6"]
     # Both start at the base with the same head and batch: they have one implicit gradient.
     for key, value in first["full", "1e6"].items():
-        if key[1] == "grad_norm":
+        if key[1] == "grad_norm" or key[1].endswith("_rank"):
             assert first["lora", "1e6"][key] == pytest.approx(value, rel=1e-9)
 
 
@@ -279,7 +281,10 @@ def test_evaluation_and_tracing_do_not_change_training(
     ends = []
     for extra in (
         ["train.evaluations=0", "train.spectra=0", "train.trace_every=1000"],
-        ["train.evaluations=5", "train.spectra=6", "train.trace_every=1"],
+        [
+            *("train.evaluations=5", "train.spectra=6", "train.trace_every=1"),
+            "train.gradient_spectra=true",
+        ],
     ):
         setup, _ = trained(ground, tmp_path, "train.dropout=0.1", *extra)
         ends.append({n: p.clone() for n, p in setup.model.named_parameters() if p.requires_grad})
@@ -290,6 +295,7 @@ def test_two_launched_processes_train_one_run_without_code_changes(
     ground: dict[str, Path], tmp_path: Path
 ) -> None:
     common = ["adapter.r=2", "host.device=cpu", "train.accumulate=2", "train.precision=float64"]
+    common += ["train.gradient_spectra=true"]
     words = [*line(ground), *common, f"host.results={tmp_path}"]
     # On a GPU machine `accelerate launch --multi_gpu` is this launcher; its --cpu wants MPI.
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lora_lab.cli"]

@@ -93,7 +93,10 @@ class Adapted(nn.Module, ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The exact dW: `A`, `B` and `scale` where the method has factors, else `dW`."""
+        """The exact dW: `A`, `B` and `scale` where the method has factors, else `dW`.
+
+        `A` and `B` may be views of what trains; `dW` is made anew at each call.
+        """
 
     @abstractmethod
     def update_norm(self) -> torch.Tensor:

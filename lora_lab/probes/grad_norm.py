@@ -5,8 +5,7 @@ from __future__ import annotations
 from lora_lab.probes import Moment, Values, gradient_trace, norm
 
 
-@gradient_trace
+@gradient_trace()
 def grad_norm(moment: Moment) -> Values:
     """Per layer ‖∂L/∂(W0 + dW)‖_F before clipping; 0 where no gradient flowed."""
-    gradients = {name: m.implicit_gradient() for name, m in moment.adapted.items()}
-    return {name: norm(G) for name, G in gradients.items() if G is not None}
+    return {name: norm(G) for name, G in moment.gradients.items()}
