@@ -72,6 +72,7 @@ class Material:
             self,
             update=turn(self.update),
             W0=self.W0.T,
+            activations=np.eye(len(self.W0)),  # inputs of the other side are not known
             pair_update=turn(self.pair_update),
             others=tuple(turn(u) for u in self.others),
         )
