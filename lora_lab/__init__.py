@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_lab.analysis import analyze
     from lora_lab.checkpoints import read_updates
     from lora_lab.linalg import Dense, Factored, Spectrum, decompose
     from lora_lab.measures import measure
+    from lora_lab.outside import analyze
     from lora_lab.store import load
 
 _HOMES = {
     "Dense": "lora_lab.linalg",
     "Factored": "lora_lab.linalg",
     "Spectrum": "lora_lab.linalg",
-    "analyze": "lora_lab.analysis",
+    "analyze": "lora_lab.outside",
     "decompose": "lora_lab.linalg",
     "load": "lora_lab.store",
     "measure": "lora_lab.measures",

@@ -5,33 +5,20 @@ Knows updates, spectra and measures; never models, data, adapters or training.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import warnings
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from lora_lab import schema
-from lora_lab.checkpoints import read_updates
-from lora_lab.layers import depth_of, module_of
 from lora_lab.linalg import Dense, Spectrum, Update, decompose
-from lora_lab.linalg.factored import Array
 from lora_lab.linalg.spectrum import need_finite
 from lora_lab.measures import MEASURES, Level, Measure, Refused
 from lora_lab.nulls import NULLS, level, usual
-from lora_lab.store import Busy, Corrupt, RunDir, Store
-
-COLUMNS = tuple(name for name in schema.MEASURES if name not in ("run_id", "step"))
-"""Columns of `analyze`, beside `flag`."""
 
 
 def rows(
     layer: str,
     update: Update | Spectrum,
+    /,
     names: Iterable[str] | None = None,
     null: str | None = "usual",
     **given: Any,
@@ -80,9 +67,11 @@ def rows(
     if isinstance(update, Spectrum):
         spectrum = update
     else:
-        vectors = any("vectors" in m.needs for m in chosen.values())
-        spectrum = decompose(update, vectors=vectors, layer=layer)
         given["update"] = update
+        vectors = any(
+            "vectors" in m.needs and set(m.given) <= _derived(given) for m in chosen.values()
+        )
+        spectrum = decompose(update, vectors=vectors, layer=layer)
     material = _Material(spectrum, given)
     against = usual(spectrum) if null == "usual" else null
     return [
@@ -93,6 +82,11 @@ def rows(
     ]
 
 
+def _derived(given: Iterable[str]) -> set[str]:
+    """What is given, and what follows from it."""
+    return {*given, "base"} if "W0" in given else set(given)
+
+
 class _Material:
     """A spectrum and what else is known of its layer; what follows from it is made once."""
 
@@ -101,10 +95,9 @@ class _Material:
 
     def meets(self, m: Measure) -> bool:
         """Whether the measure's needs are met."""
-        have = {"values", *self.given}
+        have = {"values"} | _derived(self.given)
         have |= {"vectors"} if self.spectrum.U is not None else set()
         have |= {"r"} if self.spectrum.r is not None else set()
-        have |= {"base"} if "W0" in self.given else set()
         return set(m.needs) <= have
 
     def of(self, needs: Iterable[str]) -> dict[str, Any]:
@@ -160,126 +153,3 @@ def _level(
     if not set(needs) <= material.given.keys():
         return missing
     return level(against, name, s, k, side, **material.of(needs))
-
-
-def analyze(
-    base: str | Path | None = None,
-    tuned: str | Path | None = None,
-    adapter: str | Path | None = None,
-    names: Iterable[str] | None = None,
-) -> pd.DataFrame:
-    """Every measure of every layer of a tuned model or an adapter on disk; no training.
-
-    Parameters
-    ----------
-    base, tuned, adapter : path
-        As in `checkpoints.read_updates`.
-    names : iterable of str, optional
-        Measures to take; None: all.
-
-    Returns
-    -------
-    DataFrame
-        The columns of `schema.MEASURES` without run_id and step, and flag (`zero update` for a
-        layer that training did not change, the reason where a measure refuses, else ''), in the
-        order of the model's layers.
-
-    Raises
-    ------
-    WrongInput
-        As `read_updates` and `rows`.
-    """
-    chosen = None if names is None else list(names)
-    out = []
-    for layer, W0, update in read_updates(base=base, tuned=tuned, adapter=adapter):
-        found = rows(layer, update, chosen, W0=W0)
-        about = {
-            "module": module_of(layer),
-            "depth": depth_of(layer),
-        }
-        zero = {} if update.norm() else {"flag": "zero update"}
-        out += [row | about | zero for row in found]
-    table = pd.DataFrame(out, columns=[*COLUMNS, "flag"])
-    floats = [name for name in COLUMNS if schema.MEASURES[name][0] == "float64"]
-    return table.astype(dict.fromkeys(floats, "float64"))
-
-
-def base_key(model_hash: str, start: str, layers: Iterable[str]) -> str:
-    """Name under which the store keeps W0 of these layers for all runs that share it."""
-    text = "\n".join([model_hash, start, *sorted(layers)])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def measure_run(
-    run: RunDir, base: Mapping[str, Array] | None, names: Iterable[str] | None = None
-) -> None:
-    """Take measures of a finished run from its stored spectra and write them beside it.
-
-    Parameters
-    ----------
-    run : RunDir
-        Finished.
-    base : mapping of str to ndarray, optional
-        W0 by layer; without it measures that need it are not taken.
-    names : iterable of str, optional
-        Measures to take; None: all.
-    """
-    chosen = list(MEASURES) if names is None else list(names)
-    if base is None:
-        chosen = [name for name in chosen if "W0" not in MEASURES[name].needs]
-    about = run.read_json("layers")
-    sigma = run.read_table("spectra")
-    last = sigma["step"].max()
-    out = []
-    for (step, name), group in sigma.groupby(["step", "layer"], sort=False):
-        layer = str(name)
-        known = about[layer]
-        spectrum = Spectrum.of_values(
-            group["sigma"], tuple(known["shape"]), known["made_in"], known["r"]
-        )
-        # Against the base only at the end: a norm of W0 costs more than all other measures.
-        W0 = None if base is None or step < last else base[layer].astype(np.float64)
-        out += [{"step": step, **row} for row in rows(layer, spectrum, chosen, W0=W0)]
-    run.write_measures(pd.DataFrame(out).drop(columns="flag", errors="ignore"), chosen)
-
-
-def measure_missing(store: Store) -> dict[str, list[str]]:
-    """Take what is missing of every finished run on disk, without training.
-
-    A run that another process holds is measured there. One with a corrupt file is left out with a
-    warning: its sweep trains it again.
-
-    Returns
-    -------
-    dict of str to list of str
-        run_id to the measures that were taken.
-    """
-    done = {}
-    for run_id in store.run_ids():
-        try:
-            taken = _measure_missing(store, store.run(run_id))
-        except Busy:
-            continue
-        except Corrupt as error:
-            warnings.warn(f"{error}; not measured", stacklevel=2)
-            continue
-        if taken:
-            done[run_id] = taken
-    return done
-
-
-def _measure_missing(store: Store, run: RunDir) -> list[str]:
-    if run.status() != "done" or not run.has_json("layers"):
-        return []
-    missing = sorted(set(MEASURES) - run.measured())
-    if missing:
-        model = run.read_json("config")["config"]["model"]
-        key = base_key(
-            run.read_json("provenance")["model_hash"], model["start"], run.read_json("layers")
-        )
-        base = store.read_base(key)
-        if base is None:
-            missing = [name for name in missing if "W0" not in MEASURES[name].needs]
-        if missing:
-            measure_run(run, base, missing)
-    return missing

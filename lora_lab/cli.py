@@ -7,11 +7,13 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
+from rich.text import Text
 
 from lora_lab.registry import WrongInput, did_you_mean
 from lora_lab.store import Store, StoreError, load, pack
@@ -19,6 +21,7 @@ from lora_lab.store import Store, StoreError, load, pack
 if TYPE_CHECKING:
     from lora_lab.config import Host
     from lora_lab.hydra_bridge import Planned
+    from lora_lab.outside import Outside
 
 OK, FAILED, WRONG, STOPPED = 0, 1, 2, 130
 
@@ -74,10 +77,15 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     one = add("analyze", "measures of weights from outside; no training", analyze, results=False)
     one.add_argument("--base", metavar="DIR", help="folder of the base model")
     one.add_argument("--tuned", metavar="DIR", help="folder of the fine-tuned model")
-    one.add_argument("--adapter", metavar="DIR", help="folder of a PEFT LoRA adapter")
+    about = "folder of a PEFT adapter; several: --adapter A --adapter B"
+    one.add_argument("--adapter", metavar="DIR", action="append", help=about)
+    one.add_argument("--measures", metavar="A,B", help="only these measures")
+    about = "what values are compared with: usual, none, or a file of lora_lab/nulls"
+    one.add_argument("--null", metavar="NAME", default="usual", help=about)
     how = one.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="one JSON list of rows on stdout")
     how.add_argument("--out", metavar="FILE", help="write rows to .parquet or .csv")
+    how.add_argument("--html", metavar="FILE", help="write a report")
     return top, commands
 
 
@@ -202,14 +210,21 @@ def plan(given: argparse.Namespace) -> int:
 
 
 def measure(given: argparse.Namespace) -> int:
-    """Take missing measures."""
-    from lora_lab.analysis import measure_missing
+    """Take missing measures, and compare runs with their other seeds."""
     from lora_lab.display import counted
+    from lora_lab.measuring import measure_missing
+    from lora_lab.replication import replicate_missing, seed_measures
 
-    done = measure_missing(Store(results_of(given)))
+    store = Store(results_of(given))
+    done = measure_missing(store)
     names = sorted({name for taken in done.values() for name in taken})
-    what = f"{', '.join(names)}: taken of {counted(len(done), 'run')}"
-    print(what if done else "nothing to measure: every finished run has every measure")
+    if done:
+        print(f"{', '.join(names)}: taken of {counted(len(done), 'run')}", flush=True)
+    compared = replicate_missing(store)
+    if compared:
+        print(f"{', '.join(seed_measures())}: taken of {counted(len(compared), 'run')}")
+    if not done and not compared:
+        print("nothing to measure: every finished run has every measure")
     return OK
 
 
@@ -253,31 +268,65 @@ def _report(results: Path) -> None:
 
 def analyze(given: argparse.Namespace) -> int:
     """Measure weights from outside."""
-    from lora_lab.analysis import analyze as table_of
+    from lora_lab.display import LayerProgress
+    from lora_lab.outside import left_out, study, whole
 
     if (given.tuned is None) == (given.adapter is None):
         raise WrongInput("analyze needs either --base DIR --tuned DIR or --adapter DIR.")
     if given.tuned is not None and given.base is None:
         raise WrongInput("--tuned DIR needs --base DIR, the model that it was tuned from.")
-    out = None if given.out is None else Path(given.out)
-    if out is not None and out.suffix not in (".parquet", ".csv"):
-        raise WrongInput(f"--out must end in .parquet or .csv; got {given.out!r}.")
-    if out is not None and not out.parent.is_dir():
-        raise WrongInput(f"--out must be in an existing folder; {str(out.parent)!r} is none.")
-    table = table_of(base=given.base, tuned=given.tuned, adapter=given.adapter)
+    out = _file("--out", given.out, ".parquet", ".csv") or _file("--html", given.html, ".html")
+    names = None if given.measures is None else given.measures.split(",")
+    screen = Console(stderr=True, highlight=False, soft_wrap=True)
+    with warnings.catch_warnings(), LayerProgress(screen) as progress:
+        warnings.showwarning = lambda message, *_: screen.print(f"warning: {message}", markup=False)
+        null = None if given.null == "none" else given.null
+        found = study(given.base, given.tuned, given.adapter, names, null, progress)
+    for sentence in left_out(found.measures):
+        screen.print(sentence, markup=False)
+    table = whole(found)
     if given.json:
         rows = table.astype(object).where(table.notna(), None).to_dict("records")
         print(json.dumps(rows, allow_nan=False))
+    elif given.html is not None:
+        from lora_lab.report.outside import write
+
+        folders = {"base": given.base, "tuned": given.tuned, "adapter": given.adapter}
+        words = {k: v if isinstance(v, str) else ", ".join(v) for k, v in folders.items() if v}
+        print(f"report: {write(found, given.html, words)}")
     elif out is not None:
-        write = table.to_parquet if out.suffix == ".parquet" else table.to_csv
-        write(out, index=False)
+        save = table.to_parquet if out.suffix == ".parquet" else table.to_csv
+        save(out, index=False)
         print(f"{len(table)} rows: {out}", file=sys.stderr)
     else:
-        from lora_lab.display import layer_table
-
-        screen = console()
-        screen.print(layer_table(table, screen.width))
+        _show(found)
     return OK
+
+
+def _file(option: str, given: str | None, *suffixes: str) -> Path | None:
+    """A file to write: of a known kind, in an existing folder."""
+    if given is None:
+        return None
+    path = Path(given)
+    if path.suffix not in suffixes:
+        raise WrongInput(f"{option} must end in {' or '.join(suffixes)}; got {given!r}.")
+    if not path.parent.is_dir():
+        raise WrongInput(f"{option} must be in an existing folder; {str(path.parent)!r} is none.")
+    return path
+
+
+def _show(found: Outside) -> None:
+    """Tables of layers, one for each source, and of pairs."""
+    from lora_lab.display import layer_table, pair_table
+
+    screen = console()
+    sources = found.measures.groupby("source", sort=False)
+    for source, own in sources:
+        if len(sources) > 1:
+            screen.print(Text(str(source), style="bold"))
+        screen.print(layer_table(own, screen.width))
+    if len(found.pairs):
+        screen.print(pair_table(found.pairs, screen.width))
 
 
 if __name__ == "__main__":

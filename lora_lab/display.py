@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -45,6 +47,10 @@ DIGITS = {
     "samples_per_second": "{:.0f}",
     "seconds": "{:.0f}",
 }
+
+
+EVERY = 10.0
+"""Seconds between two lines on the progress of an analysis, where there is no terminal."""
 
 
 def counted(number: int, noun: str) -> str:
@@ -143,40 +149,140 @@ def status_lines(store: Store, tables: Tables) -> list[str]:
     return lines
 
 
-LAYER_MEASURES = ("effective_rank", "stable_rank", "energy_rank", "update_ratio", "norm")
+LAYER_COLUMNS = (
+    ("effective_rank", math.nan, ""),
+    ("stable_rank", math.nan, ""),
+    ("energy_rank", 0.95, ""),
+    ("update_ratio", math.nan, "frobenius"),
+    ("norm", math.nan, "frobenius"),
+)
+"""(measure, k, side) that the table of layers shows, the least important last."""
+
+PAIR_COLUMNS = (
+    ("cosine", math.nan, ""),
+    ("sign_conflict", math.nan, "entries"),
+    ("subspace_overlap", 8.0, "left"),
+    ("subspace_overlap", 8.0, "right"),
+)
+"""The same of the table of pairs."""
 
 
 def layer_table(table: pd.DataFrame, width: int) -> Table:
-    """The main measures of each layer; `--json` and `--out` give all rows.
+    """The main measures of each layer, with their nulls; `--json` and `--out` give all rows.
 
     Parameters
     ----------
     table : DataFrame
-        As `analysis.analyze` gives it.
+        Rows of one source, as `outside.analyze` gives them. Without any of the main measures
+        those that are there are shown.
     width : int
         Characters in a line; measures that do not fit whole are left out.
     """
+    columns = _columns(table.set_index("layer"), LAYER_COLUMNS)
+    names = list(table["layer"].drop_duplicates())
+    return _widest("layer", names, columns, width)
+
+
+def pair_table(pairs: pd.DataFrame, width: int) -> Table:
+    """Each measure of each pair of adapters, as the mean over their layers.
+
+    Parameters
+    ----------
+    pairs : DataFrame
+        As `Outside.pairs`.
+    width : int
+        As for `layer_table`.
+    """
+    pairs = pairs[pairs["layer"] != ""]
+    name = pairs["one"] + " × " + pairs["other"]
+    keys = ["pair", "measure", "k", "side"]
+    numbers = ["value", "null"] if "null" in pairs else ["value"]
+    means = pairs.assign(pair=name).groupby(keys, dropna=False, sort=False)[numbers].mean()
+    table = means.reset_index().set_index("pair")
+    return _widest("mean over layers", list(name.unique()), _columns(table, PAIR_COLUMNS), width)
+
+
+Key: TypeAlias = tuple[str, float, str]
+
+
+def _columns(table: pd.DataFrame, main: Sequence[Key]) -> dict[str, pd.Series]:
+    """Values and nulls by row, each under its heading: the main ones, or all if none is there."""
+    keys = pd.Series(zip(table["measure"], table["k"].fillna(-1), table["side"], strict=True))
+    wanted = [(name, -1 if math.isnan(k) else k, side) for name, k, side in main]
+    shown = [key for key in wanted if key in set(keys)] or list(dict.fromkeys(keys))
     columns: dict[str, pd.Series] = {}
-    for name in LAYER_MEASURES:
-        part = table[table["measure"] == name]
-        for _, group in part.groupby(["k", "side"], dropna=False, sort=False):
-            k, side = float(group["k"].iloc[0]), str(group["side"].iloc[0])
-            label = name + ("" if math.isnan(k) else f" {k:g}") + (f" {side}" if side else "")
-            columns[label.replace("_", " ")] = group.set_index("layer")["value"]
-    layers = table["layer"].drop_duplicates()
+    for name, k, side in shown:
+        own = table[(keys == (name, k, side)).to_numpy()]
+        # Two lines of heading: the measure, then which one of its kind, or its last word.
+        which = " ".join(word for word in ("" if k < 0 else f"{k:g}", side) if word)
+        words = name.replace("_", " ")
+        label = f"{words}\n{which}" if which else "\n".join(words.rsplit(" ", 1))
+        columns[label] = own["value"]
+        if "null" in own and own["null"].notna().any():
+            columns[f"{label}\0null"] = own["null"]
+    return columns
+
+
+def _widest(what: str, names: Sequence[str], columns: dict[str, pd.Series], width: int) -> Table:
+    """As many columns of numbers as fit beside the names."""
     for kept in range(len(columns), -1, -1):
         shown = Table(box=box.SIMPLE_HEAD, caption="all measures: --json or --out FILE")
-        shown.add_column("layer", overflow="fold")
+        shown.add_column(what, overflow="fold")
         for label in list(columns)[:kept]:
-            # Two lines of heading: the name of the measure, then which one of its kind.
-            shown.add_column(Text("\n".join(label.rsplit(" ", 1))), justify="right")
-        for layer in layers:
-            values = (column.get(layer, math.nan) for column in list(columns.values())[:kept])
+            _, null, _ = label.partition("\0")
+            shown.add_column(Text("\nnull" if null else label), justify="right")
+        for name in names:
+            values = (column.get(name, math.nan) for column in list(columns.values())[:kept])
             numbers = (Text("" if math.isnan(v) else f"{v:.4g}") for v in map(float, values))
-            shown.add_row(Text(layer), *numbers)
+            shown.add_row(Text(name), *numbers)
         if fits(shown, width):
             break
     return shown
+
+
+class LayerProgress:
+    """How far an analysis is: a bar on a terminal, a line now and then elsewhere.
+
+    Nothing is shown of work that is done at once.
+    """
+
+    def __init__(self, screen: Console) -> None:
+        self.screen = screen
+        self.began = self.said = time.monotonic()
+        self.first: float | None = None
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=screen,
+            disable=not screen.is_terminal,
+            transient=True,
+        )
+
+    def __enter__(self) -> LayerProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, done: int, total: int, share: float) -> None:
+        """Hear of a finished part: a layer, or a pair of it (see `tasks.Tell`)."""
+        now = time.monotonic()
+        if self.first is None:
+            # What an earlier call finished took no time of this one.
+            self.first = share
+            self.progress.start()
+            self.bar = self.progress.add_task("analyze", total=total, note="")
+        passed = share - self.first
+        rest = (now - self.began) * (1 - share) / passed if passed > 0.1 else math.nan
+        note = "" if math.isnan(rest) else f"about {duration(rest)} left"
+        self.progress.update(self.bar, completed=done, note=note)
+        last = done == total and self.said > self.began
+        if not self.screen.is_terminal and (now - self.said > EVERY or last):
+            self.said = now
+            self.screen.print(f"{done} of {total} parts" + (f", {note}" if done < total else ""))
 
 
 def plan_table(name: str, planned: Sequence[Planned], host: Host) -> Table:

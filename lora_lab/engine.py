@@ -26,9 +26,9 @@ import psutil
 from pebble import ProcessExpired, ProcessPool
 from threadpoolctl import threadpool_limits
 
-from lora_lab.analysis import measure_missing
 from lora_lab.config import Host, Keep, RunConfig, changed_default
 from lora_lab.hydra_bridge import Planned
+from lora_lab.measuring import SOON, measure_missing
 from lora_lab.orphans import POLL, leave_with
 from lora_lab.registry import WrongInput
 from lora_lab.store import Busy, RunDir, Store, StoreError
@@ -380,7 +380,7 @@ def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -
             summary.status[one.run_id] = finished_status(store, one.run_id)
         elif one.run_id not in summary.status:
             _end(summary, watcher, one, "interrupted", "a run that it starts from has no result")
-    measure_missing(store)
+    measure_missing(store, SOON)
     return summary
 
 

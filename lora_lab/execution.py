@@ -20,11 +20,11 @@ import torch
 
 from lora_lab.adapters import Adapted, snapshot
 from lora_lab.adapters.full import FullLayer
-from lora_lab.analysis import base_key, measure_run
 from lora_lab.checkpoints import read_updates
 from lora_lab.config import Host, Keep, RunConfig, as_dict, run_id
 from lora_lab.evaluation import Scored, evaluate, oracle_truncation
 from lora_lab.linalg import Dense, Spectrum, Update, decompose, updates_of
+from lora_lab.measuring import SOON, Final, base_key, base_spectra, measure_run
 from lora_lab.registry import WrongInput
 from lora_lab.store import RunDir, Store, Work
 from lora_lab.training import Diverged, Setup, Trainer, prepare
@@ -114,7 +114,8 @@ def execute(
     metrics: dict[str, Any] = {"status": "done", **counts(setup)}
     try:
         trainer.train()
-        spectra = final_spectra(setup.adapted)
+        updates = final_updates(setup.adapted)
+        spectra = {n: decompose(u, vectors=True, layer=n) for n, u in updates.items()}
         metrics |= scores(setup, trainer.validation)
         record_update(setup, run, spectra, host)
         record_spectra(setup, trainer, run, work, spectra)
@@ -153,7 +154,15 @@ def execute(
         store.write_base(key, setup.base)
     run.seal()
     if measurable:
-        measure_run(run, setup.base)
+        bases = base_spectra(store, key, setup.base)
+        finals = {
+            n: Final(
+                spectra[n],
+                {"update": updates[n], "W0": W0.astype(np.float64), "base": bases[n]},
+            )
+            for n, W0 in setup.base.items()
+        }
+        measure_run(run, finals, SOON)
 
 
 def follow(config: RunConfig, host: Host, store: Store, run: RunDir) -> None:
@@ -194,13 +203,12 @@ def scores(setup: Setup, validation: Scored | None) -> dict[str, float]:
     return {"score": test.score, "loss": test.loss, "validation_score": validation.score}
 
 
-def final_spectra(adapted: Mapping[str, Adapted]) -> dict[str, Spectrum]:
-    """Every layer's final update, decomposed once; dense ones with vectors, to cut them by."""
-    out = {}
-    for layer, update in updates_of(snapshot(adapted)).items():
+def final_updates(adapted: Mapping[str, Adapted]) -> dict[str, Update]:
+    """Every layer's final update; raises `Diverged` for NaN or Inf in one."""
+    updates = updates_of(snapshot(adapted))
+    for layer, update in updates.items():
         finite(layer, update)
-        out[layer] = decompose(update, vectors=isinstance(update, Dense), layer=layer)
-    return out
+    return updates
 
 
 def finite(layer: str, update: Update) -> None:

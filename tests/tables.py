@@ -72,23 +72,31 @@ def _sigma(adapter: str, r: float, layer: int, rng: np.random.Generator) -> np.n
     return size * 6 * r**-0.1 * i ** (-0.8 * rng.lognormal(0, 0.2))
 
 
-def _measure_rows(sigma: np.ndarray, r: float) -> list[tuple[str, float, str, float]]:
+Row = tuple[str, float, str, float, float]
+"""measure, k, side, value, null."""
+
+
+def _measure_rows(sigma: np.ndarray, r: float) -> list[Row]:
     energy, p = sigma**2, sigma / sigma.sum()
     kept = np.cumsum(energy) / energy.sum()
-    rows = [
-        ("effective_rank", np.nan, "", float(np.exp(-(p * np.log(p)).sum()))),
-        ("stable_rank", np.nan, "", float(energy.sum() / energy[0])),
-        ("update_ratio", np.nan, "frobenius", float(np.sqrt(energy.sum()) / 20)),
+    most = len(sigma)
+    rows: list[Row] = [
+        ("effective_rank", np.nan, "", float(np.exp(-(p * np.log(p)).sum())), 0.9 * most),
+        ("stable_rank", np.nan, "", float(energy.sum() / energy[0]), 0.3 * most),
+        ("update_ratio", np.nan, "frobenius", float(np.sqrt(energy.sum()) / 20), np.nan),
     ]
-    rows += [("energy_rank", t, "", float(np.argmax(kept >= t * (1 - 1e-12)) + 1)) for t in TAUS]
+    for t in TAUS:
+        count = float(np.argmax(kept >= t * (1 - 1e-12)) + 1)
+        rows.append(("energy_rank", t, "", count, t * most))
     for k in KEPT:
         tail = energy[k:].sum() / energy.sum() if k < len(sigma) else 0.0
-        rows.append(("truncation_error", float(k), "frobenius", float(np.sqrt(tail))))
-        rows.append(("truncation_error", float(k), "nuclear", float(sigma[k:].sum() / sigma.sum())))
+        nuclear, none = float(sigma[k:].sum() / sigma.sum()), max(0.0, 1 - k / most)
+        rows.append(("truncation_error", float(k), "frobenius", float(np.sqrt(tail)), none**0.5))
+        rows.append(("truncation_error", float(k), "nuclear", nuclear, none))
     return rows
 
 
-def _oracle_rows(full: float, rng: np.random.Generator) -> list[tuple[str, float, str, float]]:
+def _oracle_rows(full: float, rng: np.random.Generator) -> list[Row]:
     rows: list[tuple[str, float, str, float]] = []
     for k in KEPT:
         reach = 1 - np.exp(-k / 1.6) if k < Q else 1.0
@@ -98,7 +106,7 @@ def _oracle_rows(full: float, rng: np.random.Generator) -> list[tuple[str, float
             ("oracle_score", float(k), "refitted_head", float(0.71 + (full - 0.71) * reach))
         )
         rows.append(("oracle_energy", float(k), "", float(min(1.0, (k / Q) ** 0.45))))
-    return rows
+    return [(*row, np.nan) for row in rows]
 
 
 def made_up_tables(
@@ -150,7 +158,7 @@ def made_up_tables(
     return Tables(
         as_loaded(pd.DataFrame(runs)),
         pd.DataFrame(measures, columns=["run_id", "step", "layer", "module", "depth",
-                                        "measure", "k", "side", "value"]),
+                                        "measure", "k", "side", "value", "null"]),
         pd.DataFrame(traces, columns=["run_id", "step", "layer", "trace", "value"]),
         pd.concat(spectra, ignore_index=True),
     )  # fmt: skip

@@ -21,8 +21,8 @@ PACKAGE = ROOT / "lora_lab"
 FLOORS = {
     1: "registry config schema stats layers targets tensorfile embedded orphans linalg",
     2: "measures nulls probes inits models data figures trackers store checkpoints batches",
-    3: "adapters analysis",
-    4: "training evaluation execution hydra_bridge",
+    3: "adapters analysis measuring tasks comparison replication",
+    4: "training evaluation execution hydra_bridge outside",
     5: "engine report",
     6: "cli display progress",
 }
@@ -48,8 +48,9 @@ HOMES = {
         "lora_lab/stats.py",
         "lora_lab/evaluation",
     ),
-    "peft": (),  # only its file format is known, in checkpoints.py
-    "gguf": ("lora_lab/checkpoints.py",),
+    "powerlaw": ("lora_lab/measures/",),
+    "peft": (),  # only its file format is known, in checkpoints/
+    "gguf": ("lora_lab/checkpoints/",),
     "torch": (
         *("lora_lab/models/", "lora_lab/inits/", "lora_lab/probes/", "lora_lab/adapters/"),
         *("lora_lab/training.py", "lora_lab/evaluation.py", "lora_lab/execution.py"),

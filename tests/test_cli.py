@@ -93,6 +93,15 @@ WRONG = {
     "analyze --adapter a --out rows.txt": "--out must end in .parquet or .csv; got 'rows.txt'",
     "analyze --adapter a --out no/rows.csv": "--out must be in an existing folder; 'no' is none",
     "analyze --adapter a --json --out rows.csv": "--out: not allowed with argument --json",
+    "analyze --adapter a --json --html r.html": "--html: not allowed with argument --json",
+    "analyze --adapter a --html rows.csv": "--html must end in .html; got 'rows.csv'",
+    "analyze --adapter a --html no/r.html": "--html must be in an existing folder; 'no' is none",
+    "analyze --base b --tuned t --adapter a": "needs either",
+    "analyze --adapter empty --adapter empty": "the same folder is given twice",
+    "analyze --adapter empty --adapter a": "empty holds no adapter_config.json",
+    "analyze --adapter a --measures stabel_rank": "unknown measure | Did you mean 'stable_rank'?",
+    "analyze --adapter a --measures norm,": "unknown measure ''",
+    "analyze --adapter a --null gausian": "unknown null 'gausian' | Did you mean 'gaussian'?",
     "runs extra": "unrecognized arguments: extra",
     "runs --result out": "unrecognized arguments: --result out",
     "runs --results": "--results: expected one argument",
@@ -353,6 +362,49 @@ def test_analyze_reads_a_runs_adapter_as_json_as_file_and_as_table(
     assert "effective" in out
 
 
+def test_analyze_of_two_adapters_has_their_rows_and_those_of_the_pair(
+    store: Path, folder: Path, run: Run
+) -> None:
+    adapters = sorted(str(p.parent) for p in store.glob("runs/*/adapter_config.json"))
+    words = [word for adapter in adapters for word in ("--adapter", adapter)]
+    words += ["--measures", "effective_rank,cosine"]
+    status, out, err = run("analyze", *words, "--json")
+    assert (status, err) == (0, "")
+    rows = json.loads(out)
+    names = [Path(adapter).name for adapter in adapters]
+    assert len(names) == 2
+    alone = [row for row in rows if row["measure"] == "effective_rank"]
+    assert {row["source"] for row in alone} == set(names)
+    assert len(alone) == 12
+    pairs = [row for row in rows if row["measure"] == "cosine"]
+    assert {(row["one"], row["other"]) for row in pairs} == {tuple(names)}
+    assert {row["layer"] for row in pairs} == {"", "q", "k", "v", "o", "up", "down"}
+    status, out, _ = run("analyze", *words)
+    assert status == 0
+    assert all(f"\n{name}\n" in f"\n{out}" for name in names), "each has its table"
+    assert f"{names[0]} × {names[1]}" in out
+
+
+def test_analyze_takes_the_measures_and_the_null_asked_for(store: Path, run: Run) -> None:
+    adapter = str(next(store.glob("runs/*/adapter_config.json")).parent)
+    words = ("analyze", "--adapter", adapter, "--json", "--measures", "stable_rank,norm")
+    rows = json.loads(run(*words)[1])
+    assert {row["measure"] for row in rows} == {"stable_rank", "norm"}
+    assert {row["null"] is None for row in rows if row["measure"] == "stable_rank"} == {False}
+    bare = json.loads(run(*words, "--null", "none")[1])
+    assert {row["null"] for row in bare} == {None}
+    assert [row["value"] for row in bare] == [row["value"] for row in rows]
+
+
+def test_analyze_writes_a_page_and_nothing_else(store: Path, folder: Path, run: Run) -> None:
+    adapter = str(next(store.glob("runs/*/adapter_config.json")).parent)
+    status, out, err = run("analyze", "--adapter", adapter, "--html", "a [b] page.html")
+    assert (status, err) == (0, "")
+    (page,) = folder.iterdir()
+    assert out == f"report: {page.resolve()}\n"
+    assert Path(adapter).name in page.read_text(encoding="utf-8")
+
+
 # ---- commands that train -----------------------------------------------------------------------
 
 
@@ -476,6 +528,16 @@ def test_the_table_of_layers_is_whole_at_any_width(width: int) -> None:
     assert layer in text
     assert "0.1235" in text
     assert ("frobenius" in text) == (width == 200)
+
+
+def test_a_null_stands_right_of_its_value() -> None:
+    rows = [
+        {"layer": "q", "measure": name, "k": float("nan"), "side": "", "value": v, "null": null}
+        for name, v, null in [("effective_rank", 2.5, 7.25), ("stable_rank", 1.5, float("nan"))]
+    ]
+    lines = shown(layer_table(pd.DataFrame(rows), 80), 80)
+    assert lines[2].split() == ["layer", "rank", "null", "rank"]
+    assert lines[4].split() == ["q", "2.5", "7.25", "1.5"]
 
 
 def test_a_plan_says_what_is_done_and_what_the_rest_costs(store: Path) -> None:

@@ -7,11 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
+from material import ENTRYWISE, INPUT_SIDE, all_values, material, swapped
 
 from lora_lab.linalg import Dense, Factored, Spectrum, decompose
 from lora_lab.measures import MEASURES, measure
 from lora_lab.registry import WrongInput
-from tests.material import ENTRYWISE, INPUT_SIDE, all_values, material, swapped
 
 CURVES = {
     "flat": [1.0, 1.0, 1.0, 1.0],

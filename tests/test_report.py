@@ -74,9 +74,9 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- one inert file ----------------------------------------------------------------------------
 
 
-def test_the_five_pictures_are_inside_with_words_for_who_cannot_see_them(page: str):
+def test_the_six_pictures_are_inside_with_words_for_who_cannot_see_them(page: str):
     images = [attrs for tag, attrs in Page(page).tags if tag == "img"]
-    assert len(images) == len(FIGURES) == 5
+    assert len(images) == len(FIGURES) == 6
     for image in images:
         head, _, data = str(image["src"]).partition(",")
         assert head == "data:image/png;base64"

@@ -190,7 +190,9 @@ def comparable(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     runs = runs.reindex(columns=[*runs.columns, *(c for c in NEEDED if c not in runs)])
     for column in ("adapter.r", "adapter.alpha"):
         runs[column] = pd.to_numeric(runs[column], errors="coerce").astype("float64")
-    done = runs[(runs["status"] == "done") & np.isfinite(runs["score"].astype("float64"))]
+    done = runs[runs["status"] == "done"]
+    if "score" in runs:  # weights from outside have none
+        done = done[np.isfinite(done["score"].astype("float64"))]
     dotted = [c for c in runs.columns if "." in c and c not in NEEDED]
     kept = _majority(done, [], [c for c in dotted if not c.startswith("adapter.")])
     kept = pd.concat([kept[kept["adapter.r"].isna()].assign(rule=""), alpha_rules(kept)])
@@ -239,12 +241,16 @@ def r_colours(runs: pd.DataFrame) -> dict[float, Any]:
     return dict(zip(ranks, shades, strict=True))
 
 
+def unranked(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of `comparable` runs those that update whole weights: full fine-tuning, as a rule."""
+    return runs[runs["r"].isna() & (runs["adapter"] != "head")]
+
+
 def method_lines(runs: pd.DataFrame) -> Iterator[tuple[str, Any, pd.DataFrame]]:
     """(label, colour, runs) of full fine-tuning and then of each r, for the main α rule."""
     runs = main_rule(runs)
-    full = runs[runs["adapter"] == "full"]
-    if len(full):
-        yield "full", COLOURS["full"], full
+    for adapter, own in unranked(runs).groupby("adapter", sort=False):
+        yield str(adapter), COLOURS["full"], own
     colours = r_colours(runs)
     for r, colour in colours.items():
         yield f"r = {r:g}", colour, runs[runs["r"] == r]

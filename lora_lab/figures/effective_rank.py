@@ -23,6 +23,7 @@ from lora_lab.figures import (
     finish,
     literal,
     main_rule,
+    unranked,
 )
 
 TITLE = "How many directions each layer's update uses: effective rank"
@@ -97,7 +98,7 @@ def effective_rank(tables: Tables) -> Figure | None:
     measures = tables.measures
     rows = measures[(measures["measure"] == "effective_rank") & (measures["layer"] != "")]
     panels = []
-    for group in (runs[runs["adapter"] == "full"], runs[runs["r"] == runs["r"].max()]):
+    for group in (unranked(runs), runs[runs["r"] == runs["r"].max()]):
         own = final(rows, group["run_id"]).dropna(subset="value")
         if len(own):
             panels.append((group, _grid(own), own["run_id"].nunique()))
@@ -114,8 +115,9 @@ def effective_rank(tables: Tables) -> Figure | None:
     for ax, (group, grid, seeds) in zip(axes.flat, panels, strict=True):
         top, ceiling = _ceiling(tables, group)
         mean, largest = float(np.nanmean(grid.to_numpy())), float(np.nanmax(grid.to_numpy()))
-        name = group["rule"].iloc[0] or METHODS[group["adapter"].iloc[0]]
+        adapter = str(group["adapter"].iloc[0])
+        name = group["rule"].iloc[0] or METHODS.get(adapter, adapter)
         name += f", ceiling {ceiling}" if ceiling else ""
-        under = f"mean {mean:.3g} over all layers, {seeds} seed{'s' * (seeds > 1)}"
+        under = f"mean {mean:.3g} over all layers" + f", {seeds} seeds" * (seeds > 1)
         _panel(ax, grid, top if ceiling else max(largest, 1.0), name, under, numbers=beside)
     return finish(drawn, TITLE, note)

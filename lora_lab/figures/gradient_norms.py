@@ -43,7 +43,7 @@ def _over_layers(traces: pd.DataFrame) -> pd.DataFrame:
     alt="Line plots on a logarithmic axis. Across: optimizer step. Up: gradient norm, one panel "
     "for the factor A, one for the factor B and one for the weight that both stand for. One line "
     "for each r and one for full fine-tuning.",
-    place=5,
+    place=6,
 )
 def gradient_norms(tables: Tables) -> Figure | None:
     """RMS over layers of the gradient norms of A, B and W against the step, by r."""

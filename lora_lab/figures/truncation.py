@@ -12,6 +12,7 @@ from lora_lab.figures import (
     INK,
     SOFT,
     WIDTH,
+    Drawing,
     Tables,
     canvas,
     comparable,
@@ -19,6 +20,7 @@ from lora_lab.figures import (
     figure,
     final,
     finish,
+    method_lines,
     score_bands,
 )
 
@@ -94,7 +96,7 @@ def _energies(ax: Axes, energy: pd.DataFrame, error: pd.DataFrame, x: dict[float
     alt="Two line plots above each other with a common axis: k, the number of directions kept in "
     "each layer. Above: test score of the model with the truncated update, with the trained and "
     "with a refitted head. Below: share of the update's energy kept and relative error.",
-    place=4,
+    place=5,
 )
 def truncation(tables: Tables) -> Figure | None:
     """Oracle score of W0 + dW_k above, energy kept and relative Frobenius error below."""
@@ -131,3 +133,56 @@ def truncation(tables: Tables) -> Figure | None:
     said = f"Thick: mean over {seeds} seed{'s' * (seeds > 1)}; thin: each seed. "
     said += "Bands: 95 % t intervals. Relative error: Frobenius, mean over layers."
     return finish(drawn, TITLE, f"{said} {note}".strip())
+
+
+ERROR_TITLE = "What is lost when k directions are kept (Eckart–Young)"
+
+
+def _errors(tables: Tables) -> Figure | None:
+    """Relative Frobenius error of dW_k against k: median over layers, quartiles, and the null."""
+    runs, note = comparable(tables.runs)
+    rows = tables.measures
+    rows = rows[(rows["measure"] == "truncation_error") & (rows["side"] == "frobenius")]
+    rows = final(rows, runs["run_id"].unique()).dropna(subset=["value", "k"])
+    if rows.empty:
+        return None
+    # Every layer adds its own q to the grid; a k that few layers have would make the line jump.
+    layers = rows.groupby("k")["layer"].nunique()
+    ks = [float(k) for k in layers.index[layers > layers.max() / 2]]
+    x = {k: i for i, k in enumerate(ks)}
+    rows = rows[rows["k"].isin(x)]
+    drawn, axes = canvas(WIDTH, 3.8)
+    ax = axes[0, 0]
+    labels = []
+    for name, colour, group in method_lines(runs):
+        own = rows[rows["run_id"].isin(group["run_id"])]
+        if own.empty:
+            continue
+        q = own.groupby("k")["value"].quantile(np.array([0.25, 0.5, 0.75])).unstack()
+        at = np.array([x[k] for k in q.index])
+        ax.fill_between(at, q[0.25], q[0.75], color=colour, alpha=0.15, linewidth=0)
+        ax.plot(at, q[0.5], color=colour, linewidth=2, marker="o", markersize=4)
+        labels.append((float(q[0.5].iloc[-1]), name, colour))
+        null = own.groupby("k")["null"].median()
+        if null.notna().any():
+            ax.plot(at, null, color=SOFT, linewidth=1.4, linestyle=(0, (2, 1.5)))
+    ax.set_ylim(-0.04, 1.04)
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    ax.set_xticks(range(len(ks)), [f"{k:g}" for k in ks])
+    ax.set_ylabel("‖ΔW − ΔW_k‖ / ‖ΔW‖", fontsize=10)
+    ax.set_xlabel("k: directions that are kept in each layer", fontsize=10)
+    end_labels(ax, labels)
+    said = "Line: median over layers. Band: the middle half of them. Dashed: random updates of the "
+    return finish(drawn, ERROR_TITLE, f"{said}same shape and r. {note}".strip())
+
+
+errors = Drawing(
+    _errors,
+    title=ERROR_TITLE,
+    look_for="Look for how early the line falls below the dashed one: as far as they part, the "
+    "update is closer to low rank than chance makes it.",
+    alt="Line plot. Across: k, the number of directions kept in each layer. Up: relative error in "
+    "the Frobenius norm. A dashed line for random updates of the same shape.",
+    place=5,
+)
+"""For weights without a score, of which `truncation` has nothing to draw."""

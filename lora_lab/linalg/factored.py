@@ -117,7 +117,30 @@ class Factored:
         -------
         Q_B, Q_A, core, size
             p = min(m, r), p' = min(n, r); `size` is 0 for a zero update.
+
+        Raises
+        ------
+        WrongInput
+            If scale B A is beyond float64.
         """
+        B, A, weight, size = self._levelled()
+        Q_B, R_B = np.linalg.qr(B)
+        Q_A, R_A = np.linalg.qr(A.T)
+        return Q_B, Q_A, (R_B * weight) @ R_A.T, size
+
+    def core_alone(self) -> tuple[Array, float]:
+        """`core` and `size` without the frames: all that values and norms need, for half the work.
+
+        >>> core, size = Factored([[3.0], [4.0]], [[1.0, 0.0]]).core_alone()
+        >>> core.shape, abs(round(float(size * core[0, 0]), 12))
+        ((1, 1), 5.0)
+        """
+        B, A, weight, size = self._levelled()
+        R_B, R_A = (np.asarray(np.linalg.qr(x, mode="r")) for x in (B, A.T))
+        return (R_B * weight) @ R_A.T, size
+
+    def _levelled(self) -> tuple[Array, Array, Array, float]:
+        """B and A with columns and rows of largest entry 1, the weights between, and their size."""
         b, a = np.abs(self.B).max(axis=0), np.abs(self.A).max(axis=1)
         with np.errstate(over="ignore"):
             weight = b * a * self.scale
@@ -125,14 +148,11 @@ class Factored:
         if not np.isfinite(size):
             raise WrongInput("the update is not finite in float64; check B, A and scale.")
         b[b == 0], a[a == 0] = 1.0, 1.0
-        Q_B, R_B = np.linalg.qr(self.B / b)
-        Q_A, R_A = np.linalg.qr((self.A / a[:, None]).T)
-        relative = weight / size if size else weight
-        return Q_B, Q_A, (R_B * relative) @ R_A.T, size
+        return self.B / b, self.A / a[:, None], weight / size if size else weight, size
 
     def norm(self) -> float:
         """Frobenius norm of dW in O((m + n) r^2), without forming dW; 0 for a zero update."""
-        _, _, core, size = self.core()
+        core, size = self.core_alone()
         return float(size * np.linalg.norm(core))
 
     def inner(self, other: Update) -> float:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.linalg
 
+from lora_lab.linalg import gram
 from lora_lab.linalg.factored import ROUNDOFF, Array, Factored, Update, coarser
 from lora_lab.registry import WrongInput
 
 U64 = ROUNDOFF["float64"]
 GRAM_BOUND = 1e-8
-"""Largest error of a singular value, relative to sigma_1, that the Gram route may have."""
+"""Largest error of a singular value, relative to sigma_1, that a dense route may have."""
+SAFE = (2.0**-300, 2.0**300)
+"""Largest entries in this range need no scaling before they are squared and summed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +28,8 @@ class Spectrum:
     Attributes
     ----------
     values : ndarray, (q,), float64
-        Singular values, descending, q = min(m, n); exact zeros beyond r for factors.
+        Singular values, descending, q = min(m, n); exact zeros beyond r for factors. From
+        `randomized.leading` the k leading ones only.
     shape : (int, int)
         (m, n) of dW.
     U : ndarray (m, k) or None
@@ -34,10 +39,11 @@ class Spectrum:
     made_in : str
         dtype whose unit roundoff decides ranks (see `Factored`).
     route : str
-        How the values were computed: `qr_core`, `gram`, `svd`, `given` or `zero`; with `_gesvd`
-        appended where LAPACK's gesdd failed.
+        How the values were computed: `gram_core` or `qr_core` (of factors), `gram`, `svd`,
+        `randomized`, `given` or `zero`; with `_gesvd` appended where LAPACK's gesdd failed.
     bound : float
-        Error bound of every singular value relative to sigma_1 (first order).
+        Error bound of every singular value relative to sigma_1 (first order). Where vectors are
+        not from an exact SVD it holds their residuals ||dW v - sigma u||, ||dW^T u - sigma v|| too.
     r : int or None
         Configured rank of a factored update.
 
@@ -92,7 +98,7 @@ class Spectrum:
     @property
     def q(self) -> int:
         """min(m, n), the number of singular values."""
-        return len(self.values)
+        return min(self.shape)
 
     @property
     def zero(self) -> bool:
@@ -106,7 +112,18 @@ class Spectrum:
 
     @cached_property
     def relative(self) -> Array:
-        """values / sigma_1: 1 first, so that squares do not underflow; all 0 for a zero update."""
+        """values / sigma_1: 1 first, so that squares do not underflow; all 0 for a zero update.
+
+        Raises
+        ------
+        WrongInput
+            If only the leading values are known: sums over them would pass for sums over all.
+        """
+        if len(self.values) < self.q:
+            raise WrongInput(
+                f"this spectrum holds the {len(self.values)} leading of {self.q} singular values;"
+                " a measure of all of them needs decompose(update)."
+            )
         return self.values if self.zero else self.values / self.values[0]
 
     def truncate(self, k: int) -> Factored:
@@ -134,18 +151,23 @@ def need_finite(*arrays: Array, what: str, layer: str = "") -> None:
         )
 
 
-def decompose(update: Update, vectors: bool = False, layer: str = "") -> Spectrum:
+def decompose(update: Update, vectors: bool | int = False, layer: str = "") -> Spectrum:
     """Singular values of an update, and its vectors on request.
 
-    Factors go through QR of B and of A transposed and an r x r SVD, without forming ``B @ A``;
-    a dense update through its float64 Gram matrix where the bound shows that this suffices, else
+    Nothing is formed that is not asked for, and the fastest route is taken whose error bound
+    suffices: Gram matrices (`gram`) of factors to 1e-12, of a dense update to `GRAM_BOUND` and a
+    tenth of the resolution of the dtype its weights were made in. Otherwise factors go through QR
+    of B and of A transposed and an r x r SVD, without forming ``B @ A``, and a dense update
     through LAPACK's gesdd, and gesvd where gesdd fails.
 
     Parameters
     ----------
     update : Factored or Dense
-    vectors : bool
-        Also compute U and Vh: r directions for factors, all q for a dense update.
+    vectors : bool or int
+        True: also U and Vh exactly, r directions for factors, all q for a dense update. An int k:
+        the k leading directions of them, or all where there are fewer; for a dense update much
+        cheaper than True, within the spectrum's `bound`. All q values come in any case; where k
+        directions alone are wanted, see `randomized.leading`.
     layer : str
         The layer's name, for the error message.
 
@@ -157,31 +179,45 @@ def decompose(update: Update, vectors: bool = False, layer: str = "") -> Spectru
     Raises
     ------
     WrongInput
-        If the update holds NaN or Inf.
+        If the update holds NaN or Inf or its values overflow, or for negative `vectors`.
 
     Examples
     --------
     >>> s = decompose(Factored([[1.0], [0.0]], [[3.0, 4.0]], scale=2.0))
     >>> s.values.round(12).tolist(), s.route, s.r
-    ([10.0, 0.0], 'qr_core', 1)
+    ([10.0, 0.0], 'gram_core', 1)
     >>> decompose(Factored([[1.0]], [[float("nan")]]), layer="query")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
     lora_lab.registry.WrongInput: layer 'query': the update holds NaN or Inf (1 of 2 entries); ...
     """
-    arrays = (update.B, update.A) if isinstance(update, Factored) else (update.dW,)
-    need_finite(*arrays, what="update", layer=layer)
-    if isinstance(update, Factored):
-        if update.r <= min(update.shape):
-            return _of_factors(update, vectors)
-        return _of_matrix(update.dense(), update.made_in, vectors, update.r)
-    return _of_matrix(update.dW, update.made_in, vectors, None)
+    if vectors < 0:
+        raise WrongInput(f"vectors must be True, False or a number of directions; got {vectors}.")
+    if not isinstance(update, Factored):
+        return _of_matrix(update.dW, update.made_in, vectors, None, layer)
+    if update.r <= min(update.shape):
+        return _of_factors(update, vectors, layer)
+    need_finite(update.B, update.A, what="update", layer=layer)
+    return _of_matrix(update.dense(), update.made_in, vectors, update.r, layer)
 
 
-def _of_factors(update: Factored, vectors: bool) -> Spectrum:
-    Q_B, Q_A, core, size = update.core()
-    U, sigma, Vh, fallback = _svd(core, vectors)
+def _of_factors(update: Factored, vectors: bool | int, layer: str) -> Spectrum:
     values = np.zeros(min(update.shape))
+    fast = None if vectors else gram.core(update.B, update.A, update.scale)
+    if fast is not None:
+        values[: update.r], bound = fast
+        return Spectrum(
+            values, update.shape, made_in=update.made_in, route="gram_core", bound=bound, r=update.r
+        )
+    need_finite(update.B, update.A, what="update", layer=layer)
+    U = Vh = None
+    if vectors:
+        Q_B, Q_A, core, size = update.core()
+        U, sigma, Vh, fallback = _svd(core, vectors)
+        U, Vh = Q_B @ U, Vh @ Q_A.T
+    else:
+        core, size = update.core_alone()
+        sigma, fallback = _lapack(core, compute_uv=False)
     values[: update.r] = sigma * size
     # Backward error of QR is relative to the factors, which exceeds sigma_1 if they cancel; the
     # columns have unit size there, so sqrt(m n) bounds the product's scale from above.
@@ -190,8 +226,8 @@ def _of_factors(update: Factored, vectors: bool) -> Spectrum:
     return Spectrum(
         values,
         update.shape,
-        U=None if U is None else Q_B @ U,
-        Vh=None if Vh is None else Vh @ Q_A.T,
+        U,
+        Vh,
         made_in=update.made_in,
         route="qr_core" + fallback,
         bound=bound,
@@ -199,57 +235,88 @@ def _of_factors(update: Factored, vectors: bool) -> Spectrum:
     )
 
 
-def _of_matrix(dW: Array, made_in: str, vectors: bool, r: int | None) -> Spectrum:
-    size = float(np.abs(dW).max())
-    if size == 0:
-        m, n = dW.shape
-        q = min(m, n)
-        U, Vh = (np.eye(m, q), np.eye(q, n)) if vectors else (None, None)
-        return Spectrum(np.zeros(q), (m, n), U, Vh, made_in, "zero", 0.0, r)
-    scaled = dW / size
-    gram = None if vectors else _gram(scaled, made_in)
-    if gram is not None:
-        sigma, bound = gram
-        return Spectrum(sigma * size, dW.shape, None, None, made_in, "gram", bound, r)
-    U, sigma, Vh, fallback = _svd(scaled, vectors)
-    bound = U64 * max(dW.shape)
-    return Spectrum(sigma * size, dW.shape, U, Vh, made_in, "svd" + fallback, bound, r)
+def _of_matrix(dW: Array, made_in: str, vectors: bool | int, r: int | None, layer: str) -> Spectrum:
+    shape, q = (dW.shape[0], dW.shape[1]), min(dW.shape)
+    scaled, unit = in_range(dW, layer)
+    if unit == 0:
+        k = q if vectors is True else min(vectors, q)
+        U, Vh = (np.eye(shape[0], k), np.eye(k, shape[1])) if vectors else (None, None)
+        return Spectrum(np.zeros(q), shape, U, Vh, made_in, "zero", 0.0, r)
+    U, sigma, Vh, route, bound = _routed(scaled, tolerance(shape, made_in), vectors)
+    return Spectrum(sigma * unit, shape, U, Vh, made_in, route, bound, r)
 
 
-def _gram(scaled: Array, made_in: str) -> tuple[Array, float] | None:
-    """Singular values from the smaller Gram matrix, and their bound; None where it is too coarse.
+def in_range(dW: Array, layer: str = "") -> tuple[Array, float]:
+    """A matrix whose squares neither under- nor overflow, and its unit: dW = matrix * unit.
 
-    Gram and eigenvalues are right to delta = (sqrt(max) F^2 / sigma_1^2 + q) u, relative to
-    sigma_1^2 (Higham & Mary 2019 for the product, with F the Frobenius norm). A singular value
-    sigma is then right to delta sigma_1^2 / max(sigma, sqrt(delta) sigma_1), which is worst for
-    the smallest: a matrix that is nearly singular needs the SVD. Rank decisions leave a factor 10.
+    dW itself and 1 as a rule; a unit of 0 says that dW is zero.
+
+    Raises
+    ------
+    WrongInput
+        If dW holds NaN or Inf, naming the layer.
+
+    Examples
+    --------
+    >>> in_range(np.array([[3e200, 4e200]]))
+    (array([[0.75, 1.  ]]), 4e+200)
     """
-    long, q = max(scaled.shape), min(scaled.shape)
-    tolerance = min(GRAM_BOUND, 0.1 * long * ROUNDOFF[made_in])
-    if U64 * (np.sqrt(long) + q) > tolerance:
-        return None
-    G = scaled @ scaled.T if scaled.shape[0] == q else scaled.T @ scaled
-    # Only the lower triangle is read, so rounding that makes G unsymmetric does no harm.
-    try:
-        squares = np.linalg.eigvalsh(G)[::-1]
-    except np.linalg.LinAlgError:
-        return None
-    top = squares[0]
-    delta = U64 * (np.sqrt(long) * np.trace(G) / top + q)
-    sigma = np.sqrt(np.clip(squares, 0.0, None))
-    bound = float(delta / max(sigma[-1] / sigma[0], np.sqrt(delta)))
-    return (sigma, bound) if bound <= tolerance else None
+    size = float(max(dW.max(), -dW.min()))
+    if not np.isfinite(size):
+        need_finite(dW, what="update", layer=layer)
+    if size == 0:
+        return dW, 0.0
+    return (dW, 1.0) if SAFE[0] <= size <= SAFE[1] else (dW / size, size)
 
 
-def _svd(scaled: Array, vectors: bool) -> tuple[Array | None, Array, Array | None, str]:
-    """Exact SVD by gesdd; gesvd is slower and converges on matrices where gesdd does not."""
-    for driver, fallback in (("gesdd", ""), ("gesvd", "_gesvd")):
+def tolerance(shape: tuple[int, int], made_in: str) -> float:
+    """Error that values of a dense update may have, relative to sigma_1.
+
+    `GRAM_BOUND`, or a tenth of max(m, n) u where the dtype's unit roundoff u is finer, so that
+    rank decisions stay those of exact values.
+
+    >>> tolerance((384, 1536), "float32"), tolerance((384, 1536), "float64") < 1e-13
+    (1e-08, True)
+    """
+    return min(GRAM_BOUND, 0.1 * max(shape) * ROUNDOFF[made_in])
+
+
+Routed: TypeAlias = tuple[Array | None, Array, Array | None, str, float]
+
+
+def _routed(scaled: Array, tolerable: float, vectors: bool | int) -> Routed:
+    """U, values, Vh, route and bound by the first route that suffices."""
+    exact = U64 * max(scaled.shape)
+    if not vectors:
+        if found := gram.values(scaled, tolerable):
+            return None, found[0], None, "gram", found[1]
+        sigma, fallback = _lapack(scaled, compute_uv=False)
+        return None, sigma, None, "svd" + fallback, exact
+    if vectors is not True and (
+        directed := gram.leading(scaled, min(vectors, *scaled.shape), tolerable)
+    ):
+        U, sigma, Vh, bound = directed
+        return U, sigma, Vh, "gram", bound
+    U, sigma, Vh, fallback = _svd(scaled, vectors)
+    return U, sigma, Vh, "svd" + fallback, exact
+
+
+def _svd(scaled: Array, vectors: bool | int) -> tuple[Array, Array, Array, str]:
+    """Exact values, all of them, and vectors as many as asked for."""
+    (U, sigma, Vh), fallback = _lapack(scaled, full_matrices=False)
+    if vectors is not True and vectors < len(sigma):
+        # Copies, so that the directions not asked for are freed.
+        U, Vh = U[:, :vectors].copy(), Vh[:vectors].copy()
+    return U, sigma, Vh, fallback
+
+
+def _lapack(scaled: Array, **wanted: bool) -> tuple[Any, str]:
+    """An exact SVD by gesdd; gesvd is slower and converges on matrices where gesdd does not."""
+    solvers: tuple[tuple[Callable[..., Any], str], ...]
+    solvers = ((np.linalg.svd, ""), (partial(scipy.linalg.svd, lapack_driver="gesvd"), "_gesvd"))
+    for solver, fallback in solvers:
         try:
-            if not vectors:
-                sigma = scipy.linalg.svd(scaled, compute_uv=False, lapack_driver=driver)
-                return None, sigma, None, fallback
-            U, sigma, Vh = scipy.linalg.svd(scaled, full_matrices=False, lapack_driver=driver)
-            return U, sigma, Vh, fallback
+            return solver(scaled, **wanted), fallback
         except np.linalg.LinAlgError:
             continue
     raise WrongInput("LAPACK's gesdd and gesvd both failed to converge on this update.")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_lab.linalg import Spectrum
+from lora_lab.linalg import Dense, Spectrum, decompose
 from lora_lab.linalg.factored import Array
 from lora_lab.registry import Registry, WrongInput, unknown
 
@@ -144,7 +144,8 @@ def measure(
     side : str, optional
         Variant of the measure; None: its first.
     **given
-        What the measure needs beside the spectrum, for example ``W0=``.
+        What the measure needs beside the spectrum, for example ``W0=`` (``base=`` follows from
+        it).
 
     Raises
     ------
@@ -162,11 +163,15 @@ def measure(
     lora_lab.registry.WrongInput: unknown measure 'stabel_rank'; ... Did you mean 'stable_rank'?
     """
     m = MEASURES[name]
+    if "base" in m.needs and given.get("base") is None and given.get("W0") is not None:
+        given["base"] = decompose(Dense(given["W0"]), vectors=True)
     if k is not None and m.grid is None:
         raise WrongInput(f"measure {name!r} has no parameter k; got k = {k}. Leave it out.")
     if side is not None and not m.sides:
         raise WrongInput(f"measure {name!r} has no sides; got side = {side!r}. Leave it out.")
-    missing = [need for need in m.given if given.get(need) is None]
+    # W0 stands for both: its Spectrum follows from it.
+    absent = [need for need in m.given if given.get(need) is None]
+    missing = list(dict.fromkeys("W0" if need == "base" else need for need in absent))
     missing += ["the configured rank r of a factored update"] * (
         "r" in m.needs and spectrum.r is None
     )

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
-from lora_lab.linalg import Dense, Spectrum, decompose
-from lora_lab.linalg.factored import Array, frobenius
+from lora_lab.linalg import Spectrum
 from lora_lab.measures import define
 from lora_lab.measures.norm import norm
 from lora_lab.registry import WrongInput, unknown
@@ -15,8 +12,8 @@ from lora_lab.registry import WrongInput, unknown
 SIDES = ("frobenius", "spectral")
 
 
-@define(kind="ratio", needs=("values", "W0"), sides=SIDES)
-def update_ratio(s: Spectrum, W0: Array, side: str = "frobenius") -> float:
+@define(kind="ratio", needs=("values", "base"), sides=SIDES, at="end")
+def update_ratio(s: Spectrum, base: Spectrum, side: str = "frobenius") -> float:
     """||dW|| / ||W0||, of Frobenius or of spectral norms.
 
     At least 0, no upper limit; NaN at dW = 0 (as every ratio) and at W0 = 0. Unchanged when dW
@@ -26,15 +23,15 @@ def update_ratio(s: Spectrum, W0: Array, side: str = "frobenius") -> float:
     ----------
     s : Spectrum
         Of dW (m, n).
-    W0 : ndarray, (m, n)
-        The base weight.
+    base : Spectrum
+        Of the base weight W0 (m, n).
     side : str
         `frobenius` or `spectral`.
 
     Raises
     ------
     WrongInput
-        If the shapes differ, the side is unknown, or W0 holds NaN or Inf.
+        If the shapes differ, or the side is unknown.
 
     References
     ----------
@@ -42,17 +39,12 @@ def update_ratio(s: Spectrum, W0: Array, side: str = "frobenius") -> float:
 
     Examples
     --------
-    >>> import numpy as np
-    >>> s, W0 = Spectrum.of_values([4.0, 3.0]), np.diag([8.0, 6.0])
-    >>> update_ratio(s, W0), update_ratio(s, 2 * W0, "spectral")
-    (0.5, 0.25)
+    >>> s, base = Spectrum.of_values([4.0, 3.0]), Spectrum.of_values([8.0, 6.0])
+    >>> update_ratio(s, base), update_ratio(s, base, "spectral")
+    (0.5, 0.5)
     """
     if side not in SIDES:
         raise unknown("side", side, SIDES)
-    if np.shape(W0) != s.shape:
-        raise WrongInput(f"W0 must have the update's shape {s.shape}; got {np.shape(W0)}.")
-    if s.zero or not np.any(W0):
-        return math.nan
-    if side == "spectral":
-        return float(s.values[0] / decompose(Dense(W0)).values[0])
-    return norm(s) / frobenius(W0)
+    if base.shape != s.shape:
+        raise WrongInput(f"W0 must have the update's shape {s.shape}; got {base.shape}.")
+    return math.nan if s.zero or base.zero else norm(s, side) / norm(base, side)

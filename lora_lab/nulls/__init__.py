@@ -6,6 +6,7 @@ draws, gives the level that its value is compared with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,12 +15,17 @@ from typing import Any
 import numpy as np
 
 from lora_lab.linalg import Spectrum
-from lora_lab.linalg.factored import Array
-from lora_lab.measures import MEASURES, Level
+from lora_lab.linalg.factored import Array, Update
+from lora_lab.linalg.remember import remembered
+from lora_lab.measures import MEASURES, Level, Refused
 from lora_lab.registry import Registry
 
-DRAWS = 20
-"""Draws of one null. The ends of its central 95 % are then about the smallest and largest draw."""
+DRAWS = 39
+"""Draws of one null. The ends of its central 95 % are then the smallest and the largest draw: a
+value without signal, which is one more draw, lies outside with a chance of exactly 2 in 40."""
+
+ENTRIES = 2**24
+"""Nulls of single entries go over dense matrices, of at most this many entries."""
 
 SEED = 20_210_617
 """Every null starts from it: the same spectrum has the same null everywhere."""
@@ -44,6 +50,22 @@ class Null:
     def __post_init__(self) -> None:
         # The registry names a member after the file that defines it.
         object.__setattr__(self, "__module__", self.draw.__module__)
+        # Every row of a layer asks for the same draws.
+        object.__setattr__(self, "spectra", remembered(self.spectra))
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The needs that are passed as keywords; empty: shape and r alone decide."""
+        return tuple(need for need in self.needs if need != "r")
+
+    def spectra(self, s: Spectrum, *given: Any) -> tuple[Spectrum, ...]:
+        """Spectra of `DRAWS` updates without signal; `given` in the order of `Null.given`."""
+        rng = np.random.default_rng([SEED, *s.shape, s.r or 0])
+        material = dict(zip(self.given, given, strict=True))
+        return tuple(
+            Spectrum.of_values(self.draw(s, rng, **material), s.shape, s.made_in, s.r)
+            for _ in range(DRAWS)
+        )
 
 
 NULLS: Registry[Null] = Registry(__name__, "null")
@@ -75,63 +97,101 @@ def draws(name: str, s: Spectrum, **given: Any) -> tuple[Spectrum, ...]:
         Of the update.
     **given
         What the null needs: ``update=``, ``W0=``.
+
+    Raises
+    ------
+    Refused
+        If there is no such null of this update, with the reason.
     """
     null = NULLS[name]
-    if not set(null.needs) - {"r"}:
-        return _by_shape(name, s.shape, s.r, s.made_in)
-    return _drawn(null, s, {need: given[need] for need in null.needs if need != "r"})
+    if "r" in null.needs and (s.r is None or s.r > s.q):
+        raise Refused(f"the null {name!r} is of factors with r at most min(m, n) = {s.q}.")
+    if null.given:
+        return null.spectra(s, *(given[need] for need in null.given))
+    # Noise has no inputs and outputs: a layer and its transpose have one null.
+    return _by_shape(name, max(s.shape), min(s.shape), s.r, s.made_in)
 
 
 @lru_cache(maxsize=64)
-def _by_shape(
-    name: str, shape: tuple[int, int], r: int | None, made_in: str
-) -> tuple[Spectrum, ...]:
-    return _drawn(NULLS[name], Spectrum.of_values([1.0], shape, made_in, r), {})
+def _by_shape(name: str, m: int, n: int, r: int | None, made_in: str) -> tuple[Spectrum, ...]:
+    return NULLS[name].spectra(Spectrum.of_values([1.0], (m, n), made_in, r))
 
 
-def _drawn(null: Null, s: Spectrum, given: dict[str, Any]) -> tuple[Spectrum, ...]:
-    rng = np.random.default_rng([SEED, *s.shape, s.r or 0])
-    return tuple(
-        Spectrum.of_values(null.draw(s, rng, **given), s.shape, s.made_in, s.r)
-        for _ in range(DRAWS)
-    )
+def matrix(update: Update) -> Array:
+    """dW as a matrix for a null of single entries.
+
+    Raises
+    ------
+    Refused
+        If it has more than `ENTRIES` entries.
+    """
+    m, n = update.shape
+    if m * n > ENTRIES:
+        raise Refused(
+            f"a null of single entries is drawn up to {ENTRIES} of them; this update is {m} x {n}."
+        )
+    return update.dense()
 
 
 def interval(values: Array) -> Level:
     """Mean and central 95 % of draws; NaN if there are none that are finite.
 
-    >>> interval(np.array([1.0, 2.0, 3.0]))
-    (2.0, 1.05, 2.95)
+    The quantiles that one more draw falls below with these chances (type 6 of Hyndman & Fan 1996);
+    of fewer than 39 draws, the smallest and the largest.
+
+    >>> interval(np.arange(1.0, 40.0))
+    (20.0, 1.0, 39.0)
     """
     finite = values[np.isfinite(values)]
     if not finite.size:
         return (np.nan, np.nan, np.nan)
-    low, high = np.quantile(finite, [0.025, 0.975])
+    low, high = np.quantile(finite, [0.025, 0.975], method="weibull")
     return float(finite.mean()), float(low), float(high)
 
 
 def level(
     null: str, measure: str, s: Spectrum, k: float | None, side: str | None, **given: Any
 ) -> Level:
-    """What a measure of values gives on draws of a null: mean and central 95 %."""
-    if not set(NULLS[null].needs) - {"r"}:
-        return _level_by_shape(null, measure, s.shape, s.r, s.made_in, k, side)
-    return _level(draws(null, s, **given), measure, k, side)
+    """What a measure of values gives on draws of a null: mean and central 95 %.
+
+    NaN where there is no such null of this update, or the measure refuses its draws.
+    """
+    if not NULLS[null].given:
+        return _level_by_shape(null, measure, max(s.shape), min(s.shape), s.r, s.made_in, k, side)
+    return _level(null, measure, s, k, side, given)
 
 
 @lru_cache(maxsize=100_000)
 def _level_by_shape(
     null: str,
     measure: str,
-    shape: tuple[int, int],
+    m: int,
+    n: int,
     r: int | None,
     made_in: str,
     k: float | None,
     side: str | None,
 ) -> Level:
-    return _level(_by_shape(null, shape, r, made_in), measure, k, side)
+    return _level(null, measure, Spectrum.of_values([1.0], (m, n), made_in, r), k, side, {})
 
 
-def _level(spectra: tuple[Spectrum, ...], measure: str, k: float | None, side: str | None) -> Level:
-    m = MEASURES[measure]
-    return interval(np.array([m(one, k, side) for one in spectra]))
+def _level(
+    null: str,
+    measure: str,
+    s: Spectrum,
+    k: float | None,
+    side: str | None,
+    given: dict[str, Any],
+) -> Level:
+    try:
+        spectra = draws(null, s, **given)
+    except Refused:
+        return interval(np.array([]))
+    return interval(np.array([_value(measure, one, k, side) for one in spectra]))
+
+
+def _value(measure: str, s: Spectrum, k: float | None, side: str | None) -> float:
+    try:
+        return MEASURES[measure](s, k, side)
+    except Refused:
+        return math.nan

@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from lora_lab.figures import FIGURES, Tables
+from lora_lab.figures import FIGURES, Drawing, Tables
 from lora_lab.report.rows import (
     TextTable,
     error_table,
@@ -83,25 +83,32 @@ def pairs(tables: Tables) -> Iterator[tuple[str, Pair]]:
         yield " on ".join(map(str, key)), Pair(own, *parts)
 
 
+def picture(name: str, drawing: Drawing, tables: Tables) -> Picture | None:
+    """A figure drawn; None where it has nothing to show."""
+    drawn = drawing(tables)
+    if drawn is None:
+        return None
+    data: dict[str, bytes] = {}
+    # Without a date equal tables give equal files.
+    for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
+        buffer = BytesIO()
+        drawn.savefig(buffer, format=kind, dpi=DOTS, metadata=metadata)
+        data[kind] = buffer.getvalue()
+    inches = drawn.get_size_inches()
+    width, height = (round(DOTS / 2 * side) for side in inches)
+    words = (drawing.title, drawing.look_for, drawing.alt)
+    return Picture(name, *words, data["png"], data["pdf"], width, height)
+
+
 def _pictures(tables: Tables) -> tuple[list[Picture], list[str]]:
     """The figures that have something to show, and the titles of the others."""
     pictures, empty = [], []
     for name in sorted(FIGURES, key=lambda name: FIGURES[name].place):
-        drawing = FIGURES[name]
-        drawn = drawing(tables)
+        drawn = picture(name, FIGURES[name], tables)
         if drawn is None:
-            empty.append(drawing.title)
-            continue
-        data: dict[str, bytes] = {}
-        # Without a date equal tables give equal files.
-        for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
-            buffer = BytesIO()
-            drawn.savefig(buffer, format=kind, dpi=DOTS, metadata=metadata)
-            data[kind] = buffer.getvalue()
-        inches = drawn.get_size_inches()
-        width, height = (round(DOTS / 2 * side) for side in inches)
-        words = (drawing.title, drawing.look_for, drawing.alt)
-        pictures.append(Picture(name, *words, data["png"], data["pdf"], width, height))
+            empty.append(FIGURES[name].title)
+        else:
+            pictures.append(drawn)
     return pictures, empty
 
 
@@ -114,15 +121,8 @@ def _sections(tables: Tables) -> list[Section]:
 
 
 def _page(tables: Tables, sections: list[Section]) -> str:
-    folder = files("lora_lab.report")
-    style = folder.joinpath("page.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
     runs = tables.runs
-    values: dict[str, Any] = {
-        "style": Markup(style),
-        "style_hash": digest,
+    values = {
         "counts": counts(runs),
         "sections": sections,
         "pictured": PICTURED,
@@ -130,9 +130,20 @@ def _page(tables: Tables, sections: list[Section]) -> str:
         # Files that the store could not read are known once all tables have been read.
         "problems": list(getattr(tables, "problems", [])),
         "runs": run_table(runs),
+        "trained": True,
         "provenance": provenance(runs),
     }
-    return template.render(values)
+    return render(values)
+
+
+def render(values: dict[str, Any]) -> str:
+    """The page with its style inside; `values` are what the template names."""
+    folder = files("lora_lab.report")
+    style = folder.joinpath("page.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
+    return template.render(style=Markup(style), style_hash=digest, **values)
 
 
 def build(tables: Tables) -> str:

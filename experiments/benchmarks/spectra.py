@@ -1,0 +1,256 @@
+"""What a spectrum costs: ours against numpy, torch, WeightWatcher and PEFT, on the same matrices.
+
+One thread, everything in one process, candidates interleaved after a warm-up. Times are the best
+of the rounds (what else runs on a machine only ever adds time) with the median in brackets.
+To reach: slower than numpy on no shape; factors 4096 x 4096 of r = 16 at least 3,000 x faster than
+dense singular values and within 1e-12 sigma_1; all spectra and scalar measures of a MiniLM full
+fine-tuning at least 5 x faster than WeightWatcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from threadpoolctl import threadpool_limits
+
+from lora_lab.analysis import rows
+from lora_lab.linalg import Dense, Factored, decompose
+from lora_lab.linalg.factored import Array, frobenius
+from lora_lab.measures import MEASURES
+
+TABLE = Path("results/benchmarks/spectra_cost.csv")
+SECONDS = 1.0
+"""Time for the rounds of one comparison, if three rounds do not take longer."""
+
+SQUARES = [(d, d) for d in (64, 128, 256, 384, 512, 768, 1024)]
+SHAPES = sorted([*SQUARES, (384, 1536), (768, 3072), (1024, 4096)], key=np.prod)
+FACTORS = [(d, r) for d in (768, 1024, 4096) for r in (4, 16, 64, 256)]
+MINILM = [(384, 384)] * 24 + [(384, 1536)] * 12
+
+Times = dict[str, list[float]]
+
+
+def race(candidates: Mapping[str, Callable[[], Any]], warm: bool = True) -> Times:
+    """Seconds of each candidate in every round; without a warm-up a single round."""
+    times: Times = {name: [] for name in candidates}
+    rounds = 1
+    if warm:
+        begin = time.perf_counter()
+        for run in candidates.values():
+            run()
+        took = time.perf_counter() - begin
+        rounds = max(3, min(300, int(SECONDS / took)))
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def shown(times: Sequence[float]) -> str:
+    """Best and median in milliseconds."""
+    return f"{1e3 * min(times):.3g} ms ({1e3 * statistics.median(times):.3g})"
+
+
+def ratio(times: Times, peer: str) -> float:
+    """Best time of a peer over our best."""
+    return min(times[peer]) / min(times["ours"])
+
+
+def peer(name: str, how: str) -> ModuleType | None:
+    """A tool to compare with, or a line that says how to get it."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        print(f"{name} is not installed: {missing}; {how}")
+        return None
+
+
+def difference(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
+    """A float32 difference of full size and rank, as float64."""
+    return rng.standard_normal(shape).astype(np.float32).astype(np.float64) * 2.0**-10
+
+
+def dense(rng: np.random.Generator) -> None:
+    """All singular values of dense updates."""
+    print("\nDense updates, all singular values: ours, numpy and torch dense SVD")
+    slowest = np.inf
+    for shape in SHAPES:
+        dW = difference(rng, shape)
+        tensor, update = torch.from_numpy(dW), Dense(dW)
+        times = race(
+            {
+                "ours": lambda update=update: decompose(update),
+                "numpy": lambda dW=dW: np.linalg.svd(dW, compute_uv=False),
+                "torch": lambda tensor=tensor: torch.linalg.svdvals(tensor),
+            }
+        )
+        s, exact = decompose(update), np.linalg.svd(dW, compute_uv=False)
+        error = np.abs(s.values - exact).max() / exact[0]
+        slowest = min(slowest, ratio(times, "numpy"))
+        print(
+            f"  {shape[0]} x {shape[1]}: {shown(times['ours'])} by {s.route}, error {error:.1e} of"
+            f" at most {s.bound:.1e}; numpy {shown(times['numpy'])} = {ratio(times, 'numpy'):.2f} x,"
+            f" torch {shown(times['torch'])} = {ratio(times, 'torch'):.2f} x"
+        )
+    print(f"  least ratio to numpy: {slowest:.2f} (to reach: 1)")
+
+
+def factors(rng: np.random.Generator) -> None:
+    """Singular values of factored updates against those of the matrix that they make."""
+    print("\nFactored updates against dense svdvals of B A (torch, the faster at these sizes)")
+    for d, r in FACTORS:
+        update = Factored(rng.standard_normal((d, r)), rng.standard_normal((r, d)), 1 / r)
+        tensor, exact = torch.from_numpy(update.dense()), np.empty(0)
+        begin = time.perf_counter()
+        exact = torch.linalg.svdvals(tensor).numpy()
+        once = time.perf_counter() - begin
+        times = race({"ours": lambda update=update: decompose(update)})
+        s = decompose(update)
+        # A second pass over the dense matrix only where it is short.
+        times |= race({"torch": lambda tensor=tensor: torch.linalg.svdvals(tensor)}, once < 1)
+        times["torch"].append(once)
+        error = np.abs(s.values - exact).max() / exact[0]
+        goal = " (to reach: 3000 x, 1e-12)" if (d, r) == (4096, 16) else ""
+        print(
+            f"  {d} x {d}, r = {r}: {shown(times['ours'])} by {s.route}; dense"
+            f" {shown(times['torch'])} = {ratio(times, 'torch'):,.0f} x, error {error:.1e}{goal}"
+        )
+
+
+def weightwatcher(rng: np.random.Generator) -> None:
+    """All spectra and scalar measures of a full fine-tuning of MiniLM's 36 layers."""
+    print("\nMiniLM full fine-tuning, 36 layers: all spectra and scalar measures")
+    updates = [difference(rng, shape).astype(np.float32) for shape in MINILM]
+    names = [name for name in MEASURES if set(MEASURES[name].needs) <= {"values"}]
+
+    def ours() -> None:
+        for dW in updates:
+            rows("layer", Dense(dW), names, null=None)
+
+    how = "pip install --no-deps --target DIR weightwatcher matplotlib-inline, then PYTHONPATH=DIR"
+    if (tool := peer("weightwatcher", how)) is None:
+        print(f"  ours: {shown(race({'ours': ours})['ours'])} for {len(names)} measures")
+        return
+    linears = [torch.nn.Linear(dW.shape[1], dW.shape[0], bias=False) for dW in updates]
+    for linear, dW in zip(linears, updates, strict=True):
+        linear.weight.data = torch.from_numpy(dW)
+    model = torch.nn.Sequential(*linears)
+    logging.disable(logging.WARNING)
+
+    def analyze() -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert len(tool.WeightWatcher(model=model).analyze()) == len(updates)
+
+    times = race({"ours": ours, "weightwatcher": analyze})
+    logging.disable(logging.NOTSET)
+    print(
+        f"  ours: {shown(times['ours'])} for {len(names)} measures; weightwatcher"
+        f" {tool.__version__}: {shown(times['weightwatcher'])}"
+        f" = {ratio(times, 'weightwatcher'):.1f} x (to reach: 5 x)"
+    )
+
+
+def peft(r: int = 16) -> None:
+    """Full-rank updates turned into LoRA factors, ours with all singular values beside them."""
+    print(f"\nA full-rank update (LoHa) to LoRA factors of r = {r}, per layer")
+    how = "pip install peft"
+    if (tool := peer("peft", how)) is None:
+        return
+    for m, n in ((384, 384), (768, 768), (768, 3072)):
+        torch.manual_seed(0)
+        config = tool.LoHaConfig(r=32, target_modules=["0"], init_weights=False)
+        base = torch.nn.Sequential(torch.nn.Linear(n, m, bias=False))
+        model = tool.get_peft_model(base, config)
+        module = model.base_model.model[0]
+
+        def ours(module: Any = module) -> Factored:
+            dW = Dense(module.get_delta_weight("default").detach())
+            return decompose(dW, vectors=r).truncate(r)
+
+        def theirs(model: Any = model) -> Factored:
+            _, found = tool.tuners.lora.conversion.convert_to_lora(model, rank=r)
+            B, A = (next(v for k, v in found.items() if f"lora_{x}" in k) for x in "BA")
+            return Factored(B, A)
+
+        times = race({"ours": ours, "peft": theirs})
+        dW = module.get_delta_weight("default").detach().double().numpy()
+        best = np.sqrt(np.sum(np.linalg.svd(dW, compute_uv=False)[r:] ** 2))
+        errors = [frobenius(dW - made().dense()) / best - 1 for made in (ours, theirs)]
+        print(
+            f"  {m} x {n}: ours {shown(times['ours'])}, peft {tool.__version__}"
+            f" {shown(times['peft'])} = {ratio(times, 'peft'):.1f} x; error above the least possible:"
+            f" ours {errors[0]:.0e}, peft {errors[1]:.0e}"
+        )
+
+
+def cost(rng: np.random.Generator) -> pd.DataFrame:
+    """Time over size, r and number of layers, beside the theory; written as `TABLE`.
+
+    Theory is (m + n) r^2 a layer for factors and m n min(m, n) for dense updates.
+    """
+    found = []
+    kinds = [("factored", d, r) for d in (256, 512, 1024, 2048, 4096) for r in (4, 16, 64)]
+    for kind, d, r in [*kinds, *(("dense", d, 0) for d in (128, 256, 512, 1024))]:
+        for layers in (1, 3, 9):
+            updates = [
+                Factored(rng.standard_normal((d, r)), rng.standard_normal((r, d)))
+                if r
+                else Dense(difference(rng, (d, d)))
+                for _ in range(layers)
+            ]
+            times = race({"ours": lambda updates=updates: [decompose(u) for u in updates]})["ours"]
+            theory = layers * (2 * d * r * r if r else d**3)
+            found.append(
+                {
+                    "kind": kind,
+                    "d": d,
+                    "r": r or np.nan,
+                    "layers": layers,
+                    "seconds": min(times),
+                    "median_seconds": statistics.median(times),
+                    "theory": theory,
+                    "ns_per_theory": 1e9 * min(times) / theory,
+                }
+            )
+    table = pd.DataFrame(found)
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(TABLE, index=False)
+    return table
+
+
+def main() -> None:
+    """Print every comparison and write the table of costs."""
+    warnings.simplefilter("ignore")
+    rng = np.random.default_rng(0)
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        dense(rng)
+        factors(rng)
+        weightwatcher(rng)
+        peft()
+        table = cost(rng)
+    print(f"\nCost against size, of d x d updates ({TABLE})")
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}", na_rep=""))
+    for kind, part in table.groupby("kind"):
+        slope = np.polyfit(np.log(part["theory"]), np.log(part["seconds"]), 1)[0]
+        print(f"{kind}: time grows as theory^{slope:.2f}")
+
+
+if __name__ == "__main__":
+    main()
