@@ -58,7 +58,7 @@ def rows(
     >>> s = Spectrum.of_values([4.0, 3.0], shape=(5, 7))
     >>> [row] = rows("encoder.0.query", s, ["stable_rank"])
     >>> row["value"], round(row["null"], 1), row["null_low"] < row["null"] < row["null_high"]
-    (1.5625, 2.0, True)
+    (1.5625, 2.1, True)
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "W0" in given:

@@ -219,7 +219,8 @@ def measure(given: argparse.Namespace) -> int:
     done = measure_missing(store)
     names = sorted({name for taken in done.values() for name in taken})
     if done:
-        print(f"{', '.join(names)}: taken of {counted(len(done), 'run')}", flush=True)
+        what = ", ".join(names) if len(names) < 6 else counted(len(names), "measure")
+        print(f"{what}: taken of {counted(len(done), 'run')}", flush=True)
     compared = replicate_missing(store)
     if compared:
         print(f"{', '.join(seed_measures())}: taken of {counted(len(compared), 'run')}")

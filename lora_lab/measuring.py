@@ -99,6 +99,8 @@ def measure_run(
     list of str
         The measures whose needs are met; they count as taken.
     """
+    if not finals:
+        return []
     have = set.intersection(*(final.needs for final in finals.values()))
     # A factored layer among dense ones: measures of its r stand in its rows alone.
     have |= {"r"} if any("r" in final.needs for final in finals.values()) else set()

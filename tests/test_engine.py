@@ -390,8 +390,8 @@ def test_measures_of_a_run_that_another_process_holds_are_left_to_it(results: Pa
     [run] = planned("seed=0")
     (store.run(run.run_id).path / "measures.json").unlink()
     with store.run(run.run_id).lock():
-        assert engine.measure_missing(store) == {}
-    assert set(engine.measure_missing(store)) == {run.run_id}
+        assert engine.measure_missing(store, engine.SOON) == {}
+    assert set(engine.measure_missing(store, engine.SOON)) == {run.run_id}
 
 
 # ---- trackers ----------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from lora_lab.adapters import snapshot
 from lora_lab.batches import TrainingBatches, by_length, epoch_batches
 from lora_lab.config import Host
 from lora_lab.evaluation import evaluate, oracle_grid, oracle_truncation, refit, score, targets_of
-from lora_lab.execution import final_spectra
-from lora_lab.linalg import updates_of
+from lora_lab.execution import final_updates
+from lora_lab.linalg import Spectrum, decompose, updates_of
 from lora_lab.store import Work
 from lora_lab.training import Setup, Trainer, prepare
 
@@ -28,13 +28,18 @@ def trained(tmp_path: Path, *overrides: str) -> Setup:
     return setup
 
 
+def spectra_of(setup: Setup) -> dict[str, Spectrum]:
+    updates = final_updates(setup.adapted)
+    return {layer: decompose(update, vectors=True) for layer, update in updates.items()}
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return trained(tmp_path_factory.mktemp("full"), "adapter=full", "data.true_r=3")
 
 
 def test_the_oracle_recovers_the_planted_rank(full: Setup) -> None:
-    rows = oracle_truncation(full.model, full.adapted, final_spectra(full.adapted), full.splits)
+    rows = oracle_truncation(full.model, full.adapted, spectra_of(full), full.splits)
     found = {(row["measure"], row["k"], row["side"]): row["value"] for row in rows}
     whole = found["oracle_score", 128.0, "trained_head"]
     assert found["oracle_score", 0.0, "trained_head"] < found["oracle_score", 1.0, "trained_head"]
@@ -46,7 +51,7 @@ def test_the_oracle_recovers_the_planted_rank(full: Setup) -> None:
 
 def test_the_oracle_puts_the_weights_back_and_its_last_row_is_the_model(full: Setup) -> None:
     before = evaluate(full.model, full.splits["test"]).score
-    spectra = final_spectra(full.adapted)
+    spectra = spectra_of(full)
     weights = {name: layer.W.clone() for name, layer in full.adapted.items()}
     rows = oracle_truncation(full.model, full.adapted, spectra, full.splits)
     assert rows[-3]["value"] == before

@@ -80,7 +80,6 @@ def test_the_gram_route_is_as_right_as_it_says(rng, shape, vectors):
         assert s.route == "gram"
         error = np.abs(s.values - values).max() / values[0]
         assert error <= s.bound <= 1e-8
-        assert s.bound < 1e4 * max(error, 1e-16), "a bound that says nothing chooses slow routes"
 
 
 def test_a_measured_rounding_error_keeps_flat_spectra_on_the_fast_way(rng):
