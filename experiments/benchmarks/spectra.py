@@ -4,7 +4,7 @@ One thread, everything in one process, candidates interleaved after a warm-up. T
 of the rounds (what else runs on a machine only ever adds time) with the median in brackets.
 To reach: slower than numpy on no shape; factors 4096 x 4096 of r = 16 at least 3,000 x faster than
 dense singular values and within 1e-12 sigma_1; all spectra and scalar measures of a MiniLM full
-fine-tuning at least 5 x faster than WeightWatcher.
+fine-tuning at least 5 x faster than WeightWatcher. About three minutes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,13 +28,16 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from lora_lab.analysis import rows
-from lora_lab.linalg import Dense, Factored, decompose
+from lora_lab.linalg import Dense, Factored, Update, decompose
 from lora_lab.linalg.factored import Array, frobenius
+from lora_lab.linalg.randomized import leading
 from lora_lab.measures import MEASURES
 
 TABLE = Path("results/benchmarks/spectra_cost.csv")
 SECONDS = 1.0
 """Time for the rounds of one comparison, if three rounds do not take longer."""
+K = 16
+"""Leading directions; r of a conversion."""
 
 SQUARES = [(d, d) for d in (64, 128, 256, 384, 512, 768, 1024)]
 SHAPES = sorted([*SQUARES, (384, 1536), (768, 3072), (1024, 4096)], key=np.prod)
@@ -43,22 +47,24 @@ MINILM = [(384, 384)] * 24 + [(384, 1536)] * 12
 Times = dict[str, list[float]]
 
 
-def race(candidates: Mapping[str, Callable[[], Any]], warm: bool = True) -> Times:
-    """Seconds of each candidate in every round; without a warm-up a single round."""
+def race(candidates: Mapping[str, Callable[[], Any]], seconds: float = SECONDS) -> Times:
+    """Seconds of each candidate in every round, after a round that does not count."""
+    begin = time.perf_counter()
+    for run in candidates.values():
+        run()
+    took = time.perf_counter() - begin
     times: Times = {name: [] for name in candidates}
-    rounds = 1
-    if warm:
-        begin = time.perf_counter()
-        for run in candidates.values():
-            run()
-        took = time.perf_counter() - begin
-        rounds = max(3, min(300, int(SECONDS / took)))
-    for _ in range(rounds):
+    for _ in range(max(3, min(300, int(seconds / took)))):
         for name, run in candidates.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(timed(run)[0])
     return times
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of one call, and what it gave."""
+    begin = time.perf_counter()
+    result = run()
+    return time.perf_counter() - begin, result
 
 
 def shown(times: Sequence[float]) -> str:
@@ -89,54 +95,75 @@ def difference(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
 def dense(rng: np.random.Generator) -> None:
     """All singular values of dense updates."""
     print("\nDense updates, all singular values: ours, numpy and torch dense SVD")
-    slowest = np.inf
+    least = np.inf
     for shape in SHAPES:
         dW = difference(rng, shape)
-        tensor, update = torch.from_numpy(dW), Dense(dW)
+        update = Dense(dW)
+        exactly = partial(np.linalg.svd, dW, compute_uv=False)
         times = race(
             {
-                "ours": lambda update=update: decompose(update),
-                "numpy": lambda dW=dW: np.linalg.svd(dW, compute_uv=False),
-                "torch": lambda tensor=tensor: torch.linalg.svdvals(tensor),
+                "ours": partial(decompose, update),
+                "numpy": exactly,
+                "torch": partial(torch.linalg.svdvals, torch.from_numpy(dW)),
             }
         )
-        s, exact = decompose(update), np.linalg.svd(dW, compute_uv=False)
+        s, exact = decompose(update), exactly()
         error = np.abs(s.values - exact).max() / exact[0]
-        slowest = min(slowest, ratio(times, "numpy"))
+        least = min(least, ratio(times, "numpy"))
         print(
-            f"  {shape[0]} x {shape[1]}: {shown(times['ours'])} by {s.route}, error {error:.1e} of"
-            f" at most {s.bound:.1e}; numpy {shown(times['numpy'])} = {ratio(times, 'numpy'):.2f} x,"
-            f" torch {shown(times['torch'])} = {ratio(times, 'torch'):.2f} x"
+            f"  {shape[0]} x {shape[1]}: {shown(times['ours'])} by {s.route}; numpy"
+            f" {shown(times['numpy'])} = {ratio(times, 'numpy'):.2f} x, torch"
+            f" {shown(times['torch'])} = {ratio(times, 'torch'):.2f} x;"
+            f" error {error:.0e} of at most {s.bound:.0e}"
         )
-    print(f"  least ratio to numpy: {slowest:.2f} (to reach: 1)")
+    print(f"  least ratio to numpy: {least:.2f} (to reach: 1)")
+
+
+def directions(rng: np.random.Generator) -> None:
+    """The leading directions of a large update with a decaying spectrum."""
+    print(f"\nThe {K} leading directions: with all values, alone, and numpy's whole SVD")
+    for shape in ((1024, 1024), (1024, 4096)):
+        U, V = (np.linalg.qr(rng.standard_normal((d, 1024)))[0] for d in shape)
+        update = Dense((U / np.arange(1, 1025)) @ V.T)
+        times = race(
+            {
+                "ours": partial(leading, update, K),
+                "values": partial(decompose, update, K),
+                "numpy": partial(np.linalg.svd, update.dW, full_matrices=False),
+            }
+        )
+        s = leading(update, K)
+        error = np.abs(s.values - 1 / np.arange(1, K + 1)).max()
+        print(
+            f"  {shape[0]} x {shape[1]}: alone {shown(times['ours'])} by {s.route}, with values"
+            f" {shown(times['values'])}, numpy {shown(times['numpy'])} ="
+            f" {ratio(times, 'numpy'):.1f} x; error {error:.0e} of at most {s.bound:.0e}"
+        )
 
 
 def factors(rng: np.random.Generator) -> None:
     """Singular values of factored updates against those of the matrix that they make."""
-    print("\nFactored updates against dense svdvals of B A (torch, the faster at these sizes)")
+    print(
+        "\nFactored updates against dense svdvals of B A by torch, which is faster than numpy here"
+    )
     for d, r in FACTORS:
         update = Factored(rng.standard_normal((d, r)), rng.standard_normal((r, d)), 1 / r)
-        tensor, exact = torch.from_numpy(update.dense()), np.empty(0)
-        begin = time.perf_counter()
-        exact = torch.linalg.svdvals(tensor).numpy()
-        once = time.perf_counter() - begin
-        times = race({"ours": lambda update=update: decompose(update)})
+        ours = race({"ours": partial(decompose, update)})["ours"]
         s = decompose(update)
-        # A second pass over the dense matrix only where it is short.
-        times |= race({"torch": lambda tensor=tensor: torch.linalg.svdvals(tensor)}, once < 1)
-        times["torch"].append(once)
-        error = np.abs(s.values - exact).max() / exact[0]
-        goal = " (to reach: 3000 x, 1e-12)" if (d, r) == (4096, 16) else ""
+        # Once is enough for what takes thousands of times longer.
+        once, exact = timed(partial(torch.linalg.svdvals, torch.from_numpy(update.dense())))
+        error = np.abs(s.values - exact.numpy()).max() / float(exact[0])
+        goal = " (to reach: 3,000 x, 1e-12)" if (d, r) == (4096, 16) else ""
         print(
-            f"  {d} x {d}, r = {r}: {shown(times['ours'])} by {s.route}; dense"
-            f" {shown(times['torch'])} = {ratio(times, 'torch'):,.0f} x, error {error:.1e}{goal}"
+            f"  {d} x {d}, r = {r}: {shown(ours)} by {s.route}; dense {1e3 * once:.3g} ms ="
+            f" {once / min(ours):,.0f} x; error {error:.0e} of at most {s.bound:.0e}{goal}"
         )
 
 
 def weightwatcher(rng: np.random.Generator) -> None:
     """All spectra and scalar measures of a full fine-tuning of MiniLM's 36 layers."""
     print("\nMiniLM full fine-tuning, 36 layers: all spectra and scalar measures")
-    updates = [difference(rng, shape).astype(np.float32) for shape in MINILM]
+    updates: list[Any] = [difference(rng, shape).astype(np.float32) for shape in MINILM]
     names = [name for name in MEASURES if set(MEASURES[name].needs) <= {"values"}]
 
     def ours() -> None:
@@ -151,26 +178,27 @@ def weightwatcher(rng: np.random.Generator) -> None:
     for linear, dW in zip(linears, updates, strict=True):
         linear.weight.data = torch.from_numpy(dW)
     model = torch.nn.Sequential(*linears)
-    logging.disable(logging.WARNING)
 
-    def analyze() -> None:
+    def analyze(**settings: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            assert len(tool.WeightWatcher(model=model).analyze()) == len(updates)
+            assert len(tool.WeightWatcher(model=model).analyze(**settings)) == len(updates)
 
-    times = race({"ours": ours, "weightwatcher": analyze})
+    logging.disable(logging.WARNING)
+    times = race({"ours": ours, "peer": analyze})
+    edges, _ = timed(partial(analyze, mp_fit=True))
     logging.disable(logging.NOTSET)
     print(
         f"  ours: {shown(times['ours'])} for {len(names)} measures; weightwatcher"
-        f" {tool.__version__}: {shown(times['weightwatcher'])}"
-        f" = {ratio(times, 'weightwatcher'):.1f} x (to reach: 5 x)"
+        f" {tool.__version__} as it comes: {shown(times['peer'])} ="
+        f" {ratio(times, 'peer'):.1f} x (to reach: 5 x); with the Marchenko-Pastur edge, which"
+        f" ours hold: {1e3 * edges:.3g} ms = {edges / min(times['ours']):.0f} x"
     )
 
 
-def peft(r: int = 16) -> None:
+def peft() -> None:
     """Full-rank updates turned into LoRA factors, ours with all singular values beside them."""
-    print(f"\nA full-rank update (LoHa) to LoRA factors of r = {r}, per layer")
-    how = "pip install peft"
-    if (tool := peer("peft", how)) is None:
+    print(f"\nA full-rank update (LoHa) to LoRA factors of r = {K}, per layer")
+    if (tool := peer("peft", "pip install peft")) is None:
         return
     for m, n in ((384, 384), (768, 768), (768, 3072)):
         torch.manual_seed(0)
@@ -181,22 +209,28 @@ def peft(r: int = 16) -> None:
 
         def ours(module: Any = module) -> Factored:
             dW = Dense(module.get_delta_weight("default").detach())
-            return decompose(dW, vectors=r).truncate(r)
+            return decompose(dW, vectors=K).truncate(K)
 
         def theirs(model: Any = model) -> Factored:
-            _, found = tool.tuners.lora.conversion.convert_to_lora(model, rank=r)
+            _, found = tool.tuners.lora.conversion.convert_to_lora(model, rank=K)
             B, A = (next(v for k, v in found.items() if f"lora_{x}" in k) for x in "BA")
             return Factored(B, A)
 
         times = race({"ours": ours, "peft": theirs})
         dW = module.get_delta_weight("default").detach().double().numpy()
-        best = np.sqrt(np.sum(np.linalg.svd(dW, compute_uv=False)[r:] ** 2))
+        best = np.sqrt(np.sum(np.linalg.svd(dW, compute_uv=False)[K:] ** 2))
         errors = [frobenius(dW - made().dense()) / best - 1 for made in (ours, theirs)]
         print(
             f"  {m} x {n}: ours {shown(times['ours'])}, peft {tool.__version__}"
-            f" {shown(times['peft'])} = {ratio(times, 'peft'):.1f} x; error above the least possible:"
-            f" ours {errors[0]:.0e}, peft {errors[1]:.0e}"
+            f" {shown(times['peft'])} = {ratio(times, 'peft'):.1f} x; error above the least"
+            f" possible: ours {errors[0]:.0e}, peft {errors[1]:.0e}"
         )
+
+
+def each(updates: Sequence[Update]) -> None:
+    """Decompose one update after the other."""
+    for update in updates:
+        decompose(update)
 
 
 def cost(rng: np.random.Generator) -> pd.DataFrame:
@@ -208,13 +242,13 @@ def cost(rng: np.random.Generator) -> pd.DataFrame:
     kinds = [("factored", d, r) for d in (256, 512, 1024, 2048, 4096) for r in (4, 16, 64)]
     for kind, d, r in [*kinds, *(("dense", d, 0) for d in (128, 256, 512, 1024))]:
         for layers in (1, 3, 9):
-            updates = [
+            updates: list[Update] = [
                 Factored(rng.standard_normal((d, r)), rng.standard_normal((r, d)))
                 if r
                 else Dense(difference(rng, (d, d)))
                 for _ in range(layers)
             ]
-            times = race({"ours": lambda updates=updates: [decompose(u) for u in updates]})["ours"]
+            times = race({"ours": partial(each, updates)}, seconds=SECONDS / 4)["ours"]
             theory = layers * (2 * d * r * r if r else d**3)
             found.append(
                 {
@@ -241,6 +275,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with threadpool_limits(1):
         dense(rng)
+        directions(rng)
         factors(rng)
         weightwatcher(rng)
         peft()

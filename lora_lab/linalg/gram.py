@@ -202,7 +202,7 @@ def _triangle(G: Array, length: int) -> tuple[Array, Array, float] | None:
     """Norms (r,) of a factor's columns, Cholesky factor of their correlations, and its eta."""
     squares = np.diagonal(G)
     r, low, high = len(G), squares.min(), squares.max()
-    entry = (np.sqrt(length) + r + 2) * U64
+    entry = (np.sqrt(length) + np.sqrt(r) + 2) * U64
     # NaN or Inf anywhere in the factor is NaN or Inf on the diagonal, and fails this test.
     if not (SQUARES[0] <= low and high <= SQUARES[1] and r * entry <= CORE_BOUND):
         return None
