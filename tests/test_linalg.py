@@ -341,6 +341,20 @@ def test_directions_of_a_low_rank_update_do_not_pass_gram(rng):
     np.testing.assert_allclose(s.U.T @ s.U, np.eye(5), atol=1e-13)
 
 
+def test_directions_with_a_large_residual_are_taken_from_the_svd(rng, monkeypatch):
+    update = Dense(rng.standard_normal((60, 80)))
+    whole, sound = decompose(update, vectors=True), gram._Tridiagonal.leading
+
+    def turned(form, k):
+        frame = sound(form, k)
+        return orthogonal(rng, *frame.shape) * 1e-6 + frame
+
+    monkeypatch.setattr(gram._Tridiagonal, "leading", turned)
+    s = decompose(update, vectors=3)
+    assert s.route == "svd"
+    np.testing.assert_allclose(np.abs(np.sum(s.U * whole.U[:, :3], axis=0)), 1.0, rtol=1e-12)
+
+
 def test_a_negative_number_of_directions_is_refused():
     with pytest.raises(WrongInput, match="number of directions; got -1"):
         decompose(Dense(np.eye(3)), vectors=-1)

@@ -19,6 +19,7 @@ def rng():
 def small(monkeypatch):
     """Take the randomized route at the sizes of these tests."""
     monkeypatch.setattr(randomized, "LARGE", 100)
+    monkeypatch.setattr(randomized, "FEW", 8)
 
 
 def orthogonal(rng, m, k):
