@@ -1,6 +1,7 @@
 """Write the README's result sentences from the committed demo tables (`results/demo`).
 
-lora-lab demo --results results/demo && lora-lab pack --results results/demo
+lora-lab demo --results results/demo && lora-lab measure --results results/demo
+lora-lab pack --results results/demo
 python -m experiments.readme
 """
 
