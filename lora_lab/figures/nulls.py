@@ -45,7 +45,10 @@ def _panel(ax: Axes, rows: pd.DataFrame, methods: list[tuple[str, object, pd.Dat
         ax.annotate(text, ((value * null) ** 0.5, y), (0, 5), textcoords="offset points",
                     fontsize=8, color=SOFT, ha="center")  # fmt: skip
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+    ax.margins(x=0.12)
+    low, high = ax.get_xlim()
+    narrow = high / low < 20
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 3)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_ylim(-0.6, len(methods) - 0.4)

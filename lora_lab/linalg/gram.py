@@ -8,6 +8,7 @@ Bounds are first order, with rounding errors taken to accumulate like random wal
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def core(B: Array, A: Array, scale: float) -> tuple[Array, float] | None:
     With Cholesky factors R of the Grams of the normalised columns of B and rows of A, B = Q R D
     where Q is orthonormal up to eta = ||R^-T (error of the Gram and of R) R^-1||: every singular
     value, also the smallest, is right to half the sum of both eta, *relative to itself*
-    (Ostrowski). The r x r product adds u r (sum of the columns' sizes), relative to sigma_1.
+    (Ostrowski). The r x r product adds u sqrt(r) (sum of the columns' sizes), relative to sigma_1.
     """
     # What over- or underflows, and NaN or Inf in a factor, comes out as a refusal.
     with np.errstate(all="ignore"):
@@ -123,7 +124,7 @@ def core(B: Array, A: Array, scale: float) -> tuple[Array, float] | None:
         return None
     if sigma[0] == 0:
         return None
-    product = U64 * len(sigma) * float(np.abs(weight).sum() / sigma[0])
+    product = U64 * math.sqrt(len(sigma)) * float(np.abs(weight).sum() / sigma[0])
     bound = 0.5 * (eta_B + eta_A) + product
     return (sigma * size, bound) if bound <= CORE_BOUND else None
 
@@ -139,7 +140,7 @@ def _sensible(q: int, tolerance: float) -> bool:
 
 def _eigenvalue_error(q: int) -> float:
     """Error of LAPACK's symmetric eigenvalues relative to the largest: a random walk of q steps."""
-    return float(8 * np.sqrt(q) * U64)
+    return 8 * math.sqrt(q) * U64
 
 
 def _accepted(wide: Array, form: _Tridiagonal, tolerance: float) -> tuple[Array, float] | None:
@@ -151,16 +152,16 @@ def _accepted(wide: Array, form: _Tridiagonal, tolerance: float) -> tuple[Array,
     squares = form.values()
     if squares is None:
         return None
-    sigma: Array = np.sqrt(np.clip(squares, 0.0, None))
-    smallest = sigma[-1] / sigma[0]
+    sigma: Array = np.sqrt(np.maximum(squares, 0.0))
+    largest, smallest = float(squares[0]), float(sigma[-1] / sigma[0])
 
     def bound(error: float) -> float:
-        delta = error / squares[0] + _eigenvalue_error(len(squares))
-        return float(delta / max(smallest, np.sqrt(delta)))
+        delta = error / largest + _eigenvalue_error(len(squares))
+        return delta / max(smallest, math.sqrt(delta))
 
     # ||fl(X X^T) - X X^T|| <= sqrt(length) u ||X||_F^2 costs nothing, but flat spectra err far
     # less than that: there the error itself is measured.
-    stated = bound(U64 * np.sqrt(wide.shape[1]) * float(np.sum(squares)))
+    stated = bound(U64 * math.sqrt(wide.shape[1]) * float(squares.sum()))
     if stated > tolerance >= bound(0.0):
         Z = np.random.default_rng(0).standard_normal((len(wide), PROBES))
         stated = bound(probed_norm(wide @ wide.T @ Z - wide @ (wide.T @ Z)))
@@ -202,7 +203,7 @@ def _triangle(G: Array, length: int) -> tuple[Array, Array, float] | None:
     """Norms (r,) of a factor's columns, Cholesky factor of their correlations, and its eta."""
     squares = np.diagonal(G)
     r, low, high = len(G), squares.min(), squares.max()
-    entry = (np.sqrt(length) + np.sqrt(r) + 2) * U64
+    entry = (math.sqrt(length) + math.sqrt(r) + 2) * U64
     # NaN or Inf anywhere in the factor is NaN or Inf on the diagonal, and fails this test.
     if not (SQUARES[0] <= low and high <= SQUARES[1] and r * entry <= CORE_BOUND):
         return None
@@ -213,5 +214,9 @@ def _triangle(G: Array, length: int) -> tuple[Array, Array, float] | None:
     inverse, info = lapack.dtrtri(R)
     if info:
         return None
-    # Every entry of the Gram is right to `entry`: ||R^-T E R^-1|| <= entry || |R^-T| 1 ||^2.
-    return norms, R, float(entry * np.sum(np.abs(inverse).sum(axis=0) ** 2))
+    # Every entry of the Gram is right to `entry`: ||R^-T E R^-1|| <= entry || |R^-T| 1 ||^2, and
+    # <= r entry ||R^-1||^2, which is sharper for larger r and costs an SVD.
+    eta = entry * float(np.sum(np.abs(inverse).sum(axis=0) ** 2))
+    if eta > CORE_BOUND / 2:
+        eta = min(eta, r * entry * float(np.linalg.norm(inverse, 2)) ** 2)
+    return norms, R, eta
