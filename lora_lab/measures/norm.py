@@ -21,7 +21,7 @@ def norm(s: Spectrum, side: str = "frobenius") -> float:
     Raises
     ------
     WrongInput
-        Unknown side.
+        Unknown side; a sum over a spectrum that holds only its leading values.
 
     References
     ----------
@@ -38,5 +38,5 @@ def norm(s: Spectrum, side: str = "frobenius") -> float:
     if side == "spectral":
         return float(s.values[0])
     if side == "nuclear":
-        return float(np.sum(s.values))
+        return float(s.values[0] * np.sum(s.relative))
     return float(s.values[0] * np.sqrt(np.sum(s.relative**2)))
