@@ -87,6 +87,13 @@ def _derived(given: Iterable[str]) -> set[str]:
     return {*given, "base"} if "W0" in given else set(given)
 
 
+def met(spectrum: Spectrum, given: Iterable[str]) -> set[str]:
+    """The needs (see `measures.Measure`) that a spectrum and what is given beside it meet."""
+    have = {"values"} | _derived(given)
+    have |= {"vectors"} if spectrum.U is not None else set()
+    return have | ({"r"} if spectrum.r is not None else set())
+
+
 class _Material:
     """A spectrum and what else is known of its layer; what follows from it is made once."""
 
@@ -95,10 +102,7 @@ class _Material:
 
     def meets(self, m: Measure) -> bool:
         """Whether the measure's needs are met."""
-        have = {"values"} | _derived(self.given)
-        have |= {"vectors"} if self.spectrum.U is not None else set()
-        have |= {"r"} if self.spectrum.r is not None else set()
-        return set(m.needs) <= have
+        return set(m.needs) <= met(self.spectrum, self.given)
 
     def of(self, needs: Iterable[str]) -> dict[str, Any]:
         """The keywords that a measure or a null needs."""
@@ -149,7 +153,7 @@ def _level(
         return missing
     if callable(m.null):
         return m.null(s, **m.arguments(k, side, material.of(m.given)))
-    needs = [need for need in NULLS[against].needs if need != "r"]
+    needs = NULLS[against].given
     if not set(needs) <= material.given.keys():
         return missing
     return level(against, name, s, k, side, **material.of(needs))

@@ -240,6 +240,20 @@ def _widest(what: str, names: Sequence[str], columns: dict[str, pd.Series], widt
     return shown
 
 
+def bar(screen: Console) -> Progress:
+    """One live line with a note, on a terminal only."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=screen,
+        disable=not screen.is_terminal,
+        transient=True,
+    )
+
+
 class LayerProgress:
     """How far an analysis is: a bar on a terminal, a line now and then elsewhere.
 
@@ -250,16 +264,7 @@ class LayerProgress:
         self.screen = screen
         self.began = self.said = time.monotonic()
         self.first: float | None = None
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=screen,
-            disable=not screen.is_terminal,
-            transient=True,
-        )
+        self.progress = bar(screen)
 
     def __enter__(self) -> LayerProgress:
         return self

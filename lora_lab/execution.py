@@ -20,11 +20,10 @@ import torch
 
 from lora_lab.adapters import Adapted, snapshot
 from lora_lab.adapters.full import FullLayer
-from lora_lab.checkpoints import read_updates
 from lora_lab.config import Host, Keep, RunConfig, as_dict, run_id
 from lora_lab.evaluation import Scored, evaluate, oracle_truncation
 from lora_lab.linalg import Dense, Spectrum, Update, decompose, updates_of
-from lora_lab.measuring import SOON, Final, base_key, base_spectra, measure_run
+from lora_lab.measuring import SOON, Final, base_key, base_spectra, kept, measure_run
 from lora_lab.registry import WrongInput
 from lora_lab.store import RunDir, Store, Work
 from lora_lab.training import Diverged, Setup, Trainer, prepare
@@ -327,15 +326,10 @@ def trained(run: RunDir) -> tuple[dict[str, Update], dict[str, np.ndarray]]:
         for name, array in run.read_tensors("head").items()
         if name.startswith("base.")
     }
-    if run.has_tensors("adapter_model"):
-        found = {layer: update for layer, _, update in read_updates(adapter=run.path)}
-        return found, others
-    if not run.has_tensors("update"):
-        return {}, others
-    tensors = run.read_tensors("update")
-    if any(name.endswith(".scale") for name in tensors):
+    updates, whole = kept(run)
+    if not whole:
         raise WrongInput(
             f"run {run.run_id} kept only the leading directions of its update; do it again with "
             "host.keep=all in a new results folder."
         )
-    return updates_of(tensors), others
+    return updates, others

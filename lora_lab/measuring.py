@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lora_lab.analysis import rows
+from lora_lab.analysis import met, rows
 from lora_lab.checkpoints import read_updates
-from lora_lab.linalg import Dense, Factored, Spectrum, Update, decompose, updates_of
+from lora_lab.linalg import Dense, Spectrum, Update, decompose, updates_of
 from lora_lab.linalg.factored import Array
 from lora_lab.measures import MEASURES
 from lora_lab.store import Busy, Corrupt, RunDir, Store
@@ -38,10 +38,7 @@ class Final:
     @property
     def needs(self) -> set[str]:
         """The needs that it meets."""
-        have = {"values", *self.given}
-        have |= {"vectors"} if self.spectrum.U is not None else set()
-        have |= {"r"} if self.spectrum.r is not None else set()
-        return have | ({"base"} if "W0" in self.given else set())
+        return met(self.spectrum, self.given)
 
 
 def base_key(model_hash: str, start: str, layers: Iterable[str]) -> str:
@@ -169,21 +166,7 @@ def finals_of(store: Store, run: RunDir) -> dict[str, Final]:
 def _with_vectors(exact: Spectrum, update: Update) -> Spectrum:
     """Exact singular values with the vectors of what was kept of the update."""
     found = decompose(update, vectors=True)
-    if found.zero:
-        return exact
-    count = found.r if isinstance(update, Factored) else found.q
-    assert found.U is not None
-    assert found.Vh is not None
-    return Spectrum(
-        exact.values,
-        exact.shape,
-        found.U[:, :count],
-        found.Vh[:count],
-        exact.made_in,
-        exact.route,
-        exact.bound,
-        exact.r,
-    )
+    return exact if found.zero else replace(exact, U=found.U, Vh=found.Vh)
 
 
 def measure_missing(
@@ -217,9 +200,12 @@ def _measure_missing(store: Store, run: RunDir, at: set[str]) -> list[str]:
     if run.status() != "done" or not run.has_json("layers"):
         return []
     taken = run.measured()
+    # Of dense updates no measure of r is missing: for it alone their weights need not be read.
+    ranked = any(layer["r"] is not None for layer in run.read_json("layers").values())
+    possible = OF_A_RUN if ranked else OF_A_RUN - {"r"}
     missing = [
         name
         for name in MEASURES
-        if name not in taken and MEASURES[name].at in at and set(MEASURES[name].needs) <= OF_A_RUN
+        if name not in taken and MEASURES[name].at in at and set(MEASURES[name].needs) <= possible
     ]
     return measure_run(run, finals_of(store, run), at, missing) if missing else []

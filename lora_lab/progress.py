@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from lora_lab.config import Host, choice
-from lora_lab.display import counted, duration, runs_table
+from lora_lab.display import bar, counted, duration, runs_table
 from lora_lab.engine import Summary, Watcher
 from lora_lab.hydra_bridge import Planned
 from lora_lab.store import RunDir, load
@@ -34,16 +33,7 @@ class Display(Watcher):
         self.screen = screen
         self.total = self.done = 0
         self.began = time.monotonic()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=screen,
-            disable=not screen.is_terminal,
-            transient=True,
-        )
+        self.progress = bar(screen)
         self.bar = self.progress.add_task("runs", total=None, note="")
 
     def __enter__(self) -> Display:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora_lab.probes import parts_norm
 from lora_lab.registry import Registry
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -98,9 +99,9 @@ class Adapted(nn.Module, ABC):
         `A` and `B` may be views of what trains; `dW` is made anew at each call.
         """
 
-    @abstractmethod
     def update_norm(self) -> torch.Tensor:
-        """‖dW‖_F, a scalar on the layer's device; 0 at dW = 0."""
+        """‖dW‖_F, a float64 scalar on the layer's device; 0 at dW = 0."""
+        return parts_norm(self.tensors())
 
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -36,9 +36,6 @@ class FullLayer(Adapted):
         # Nearby float32 numbers subtract exactly; the others round by 6e-8 of the difference.
         return {"dW": self.W.detach() - self.W0}
 
-    def update_norm(self) -> torch.Tensor:
-        return torch.linalg.vector_norm(self.W.detach() - self.W0)
-
 
 @ADAPTERS.register
 @dataclass(frozen=True)

@@ -108,11 +108,6 @@ class LoRALayer(Adapted):
         scale = torch.tensor(self.scale, dtype=torch.float64)
         return {"A": self.A.detach(), "B": self.B.detach(), "scale": scale}
 
-    def update_norm(self) -> torch.Tensor:
-        A, B = self.A.detach().double(), self.B.detach().double()
-        # ‖BA‖² = tr(BᵀB·AAᵀ): r×r, BA is never formed.
-        return abs(self.scale) * ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt()
-
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.A, self.B

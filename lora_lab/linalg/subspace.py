@@ -168,6 +168,27 @@ def distance(U1: ArrayLike, U2: ArrayLike, kind: str = "geodesic") -> float:
     return DISTANCES[kind](np.concatenate([angles, np.full(missing, math.pi / 2)]))
 
 
+def random_triangle(d: int, k: int, generator: np.random.Generator) -> Array:
+    """R (k, k) of the QR of a Gaussian matrix (d, k), without the matrix; 1 <= k <= d.
+
+    Gaussian above the diagonal and on it the root of chi-square of d, d - 1, ... degrees of
+    freedom: what a Gaussian matrix is but for a rotation, in O(k^2) whatever d.
+
+    References
+    ----------
+    Bartlett 1933.
+
+    Examples
+    --------
+    >>> R = random_triangle(900, 1, np.random.default_rng(0))
+    >>> R.shape, bool(abs(R[0, 0] / 30 - 1) < 0.1)
+    ((1, 1), True)
+    """
+    R = np.triu(generator.standard_normal((k, k)), 1)
+    R[np.diag_indices(k)] = np.sqrt(generator.chisquare(d - np.arange(k)))
+    return R
+
+
 def random_frame(d: int, k: int, generator: np.random.Generator) -> Array:
     """A frame of k uniform (Haar) orthonormal columns in d dimensions.
 

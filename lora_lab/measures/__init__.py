@@ -182,6 +182,15 @@ def measure(
     return m(spectrum, k, side, **given)
 
 
+def doubling(limit: int) -> Grid:
+    """1, 2, 4, 8, ... up to a limit: the grid of measures of leading directions.
+
+    >>> doubling(6), doubling(0)
+    ((1.0, 2.0, 4.0), ())
+    """
+    return tuple(float(2**i) for i in range(limit.bit_length()))
+
+
 def tails(weights: Array) -> Array:
     """Tail sums t_k = sum of weights beyond the k-th, k = 0..q, added from the small end."""
     return np.concatenate([np.cumsum(weights[::-1])[::-1], [0.0]])

@@ -9,20 +9,11 @@ import numpy as np
 from lora_lab.linalg import Spectrum, haar
 from lora_lab.linalg.factored import ROUNDOFF, Array, frobenius
 from lora_lab.linalg.remember import remembered
-from lora_lab.measures import DIRECTIONS, Level, Refused, define
+from lora_lab.measures import DIRECTIONS, Level, Refused, define, doubling
 from lora_lab.measures.norm import norm
 from lora_lab.registry import WrongInput, unknown
 
 SIDES = ("update", "base", "random")
-
-
-def doubling(limit: int) -> tuple[float, ...]:
-    """1, 2, 4, 8, ... up to a limit.
-
-    >>> doubling(6)
-    (1.0, 2.0, 4.0)
-    """
-    return tuple(float(2**i) for i in range(limit.bit_length()))
 
 
 def grid(s: Spectrum) -> tuple[float, ...]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lora_lab.linalg import Spectrum
-from lora_lab.measures import Level, define
+from lora_lab.measures import define
 from lora_lab.measures.principal_angle import between, random_level
-from lora_lab.measures.subspace_overlap import SIDES, doubling
+from lora_lab.measures.subspace_overlap import SIDES, grid
+
+chance = partial(random_level, kind="chordal")
 
 
-def level(s: Spectrum, pair: Spectrum, k: float, side: str) -> Level:
-    """The distance of random subspaces."""
-    return random_level(s, pair, k, side, "chordal")
-
-
-@define(kind="ratio", needs=("vectors", "pair"), grid=doubling, sides=SIDES, null=level, at="later")
+@define(kind="ratio", needs=("vectors", "pair"), grid=grid, sides=SIDES, null=chance, at="later")
 def chordal_distance(s: Spectrum, pair: Spectrum, k: float = 1, side: str = "left") -> float:
     """sqrt(sum sin^2 theta_i) over the principal angles of two updates' k leading vectors.
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lora_lab.linalg import Spectrum
-from lora_lab.measures import Level, define
+from lora_lab.measures import define
 from lora_lab.measures.principal_angle import between, random_level
-from lora_lab.measures.subspace_overlap import SIDES, doubling
+from lora_lab.measures.subspace_overlap import SIDES, grid
+
+chance = partial(random_level, kind="geodesic")
 
 
-def level(s: Spectrum, pair: Spectrum, k: float, side: str) -> Level:
-    """The distance of random subspaces."""
-    return random_level(s, pair, k, side, "geodesic")
-
-
-@define(kind="ratio", needs=("vectors", "pair"), grid=doubling, sides=SIDES, null=level, at="later")
+@define(kind="ratio", needs=("vectors", "pair"), grid=grid, sides=SIDES, null=chance, at="later")
 def geodesic_distance(s: Spectrum, pair: Spectrum, k: float = 1, side: str = "left") -> float:
     """sqrt(sum theta_i^2) over the principal angles of two updates' k leading singular vectors.
 

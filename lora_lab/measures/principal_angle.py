@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
 from lora_lab.linalg import Spectrum
 from lora_lab.linalg.factored import Array
-from lora_lab.linalg.subspace import DISTANCES, distance
+from lora_lab.linalg.subspace import DISTANCES, distance, random_triangle
 from lora_lab.measures import Level, define
-from lora_lab.measures.subspace_overlap import SIDES, doubling, frames
+from lora_lab.measures.subspace_overlap import SIDES, frames, grid
 
 DRAWS = 200
 """Random subspaces from which a level is taken."""
@@ -63,11 +63,7 @@ def random_product(d: int, i: int, j: int, rng: np.random.Generator) -> Array:
     >>> round(float(np.mean([np.sum(random_product(40, 3, 5, rng) ** 2) for _ in range(2000)])), 2)
     0.38
     """
-    if d - i >= j:
-        rest = np.triu(rng.standard_normal((j, j)), 1)
-        rest[np.diag_indices(j)] = np.sqrt(rng.chisquare(d - i - np.arange(j)))
-    else:
-        rest = rng.standard_normal((d - i, j))
+    rest = random_triangle(d - i, j, rng) if d - i >= j else rng.standard_normal((d - i, j))
     return np.linalg.qr(np.vstack([rng.standard_normal((i, j)), rest]))[0][:i]
 
 
@@ -78,12 +74,10 @@ def _angles(d: int, k: int) -> Array:
     return np.arccos(np.clip(np.linalg.svd(products, compute_uv=False), 0.0, 1.0))
 
 
-def level(s: Spectrum, pair: Spectrum, k: float, side: str) -> Level:
-    """The largest angle of random subspaces."""
-    return random_level(s, pair, k, side, "spectral")
+chance = partial(random_level, kind="spectral")
 
 
-@define(kind="ratio", needs=("vectors", "pair"), grid=doubling, sides=SIDES, null=level, at="later")
+@define(kind="ratio", needs=("vectors", "pair"), grid=grid, sides=SIDES, null=chance, at="later")
 def principal_angle(s: Spectrum, pair: Spectrum, k: float = 1, side: str = "left") -> float:
     """Largest principal angle between the spans of the k leading singular vectors of two updates.
 

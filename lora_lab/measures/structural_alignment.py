@@ -9,8 +9,8 @@ import numpy as np
 from lora_lab.linalg import Factored, Spectrum, Update, haar
 from lora_lab.linalg.factored import Array
 from lora_lab.linalg.remember import remembered
-from lora_lab.measures import DIRECTIONS, Level, define
-from lora_lab.measures.amplification import directions, doubling
+from lora_lab.measures import DIRECTIONS, Level, define, doubling
+from lora_lab.measures.amplification import directions
 from lora_lab.registry import WrongInput, unknown
 
 SIDES = ("left", "right", "both")

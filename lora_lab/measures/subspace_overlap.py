@@ -10,20 +10,19 @@ from lora_lab.linalg import Spectrum
 from lora_lab.linalg.factored import Array
 from lora_lab.linalg.haar import interval, one_sided
 from lora_lab.linalg.subspace import overlap_grid
-from lora_lab.measures import DIRECTIONS, Level, Refused, define
+from lora_lab.measures import DIRECTIONS, Level, Refused, define, doubling
 from lora_lab.registry import WrongInput, unknown
 
 SIDES = ("left", "right")
 
 
-def doubling(s: Spectrum) -> tuple[float, ...]:
+def grid(s: Spectrum) -> tuple[float, ...]:
     """1, 2, 4, ... up to the vectors that are there, and at most `DIRECTIONS`.
 
-    >>> doubling(Spectrum(np.ones(5), (6, 5), np.eye(6, 5), np.eye(5)))
+    >>> grid(Spectrum(np.ones(5), (6, 5), np.eye(6, 5), np.eye(5)))
     (1.0, 2.0, 4.0)
     """
-    have = 0 if s.U is None else min(s.U.shape[1], DIRECTIONS)
-    return tuple(float(2**i) for i in range(have.bit_length()))
+    return doubling(0 if s.U is None else min(s.U.shape[1], DIRECTIONS))
 
 
 def directions(s: Spectrum, side: str) -> Array:
@@ -81,7 +80,7 @@ def level(s: Spectrum, pair: Spectrum, k: float, side: str) -> Level:
     return mean, *interval(mean, variance)
 
 
-@define(kind="ratio", needs=("vectors", "pair"), grid=doubling, sides=SIDES, null=level, at="later")
+@define(kind="ratio", needs=("vectors", "pair"), grid=grid, sides=SIDES, null=level, at="later")
 def subspace_overlap(s: Spectrum, pair: Spectrum, k: float = 1, side: str = "left") -> float:
     """phi(k, k) = ||U_k^T U'_k||_F^2 / k of the k leading singular vectors of two updates.
 

@@ -7,22 +7,22 @@ import math
 import numpy as np
 
 from lora_lab.linalg import Spectrum
-from lora_lab.measures import define, tails
+from lora_lab.measures import define, doubling, tails
 from lora_lab.registry import WrongInput, unknown
 
 SIDES = ("frobenius", "spectral", "nuclear")
 
 
-def doubling(s: Spectrum) -> tuple[float, ...]:
+def grid(s: Spectrum) -> tuple[float, ...]:
     """0, 1, 2, 4, 8, ... below q, and q.
 
-    >>> doubling(Spectrum.of_values([1.0], shape=(6, 7)))
+    >>> grid(Spectrum.of_values([1.0], shape=(6, 7)))
     (0.0, 1.0, 2.0, 4.0, 6.0)
     """
-    return (0.0, *(float(2**i) for i in range((s.q - 1).bit_length())), float(s.q))
+    return (0.0, *doubling(s.q - 1), float(s.q))
 
 
-@define(kind="ratio", grid=doubling, sides=SIDES)
+@define(kind="ratio", grid=grid, sides=SIDES)
 def truncation_error(s: Spectrum, k: float = 1, side: str = "frobenius") -> float:
     """||dW - dW_k|| / ||dW|| of the best approximation of rank k.
 

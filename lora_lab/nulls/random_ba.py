@@ -7,6 +7,7 @@ from scipy.linalg import svdvals
 
 from lora_lab.linalg import Spectrum
 from lora_lab.linalg.factored import Array
+from lora_lab.linalg.subspace import random_triangle
 from lora_lab.nulls import define
 
 
@@ -30,12 +31,5 @@ def random_ba(s: Spectrum, rng: np.random.Generator) -> Array:
     0.71
     """
     assert s.r is not None
-    R_B, R_A = (_triangle(size, s.r, rng) for size in s.shape)
+    R_B, R_A = (random_triangle(size, s.r, rng) for size in s.shape)
     return np.asarray(svdvals(R_B @ R_A.T))
-
-
-def _triangle(size: int, r: int, rng: np.random.Generator) -> Array:
-    """R of the QR of a Gaussian matrix (size, r), size at least r."""
-    R = np.triu(rng.standard_normal((r, r)), 1)
-    R[np.diag_indices(r)] = np.sqrt(rng.chisquare(size - np.arange(r)))
-    return R

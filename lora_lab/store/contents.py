@@ -48,8 +48,8 @@ def as_table(rows: pd.DataFrame, columns: pa.Schema) -> pa.Table:
     """
     if rows.empty:
         return columns.empty_table()
-    rows = rows.assign(**{name: np.nan for name in schema.ADDED if name not in rows.columns})
-    rows = rows.drop(columns=[name for name in schema.ADDED if name not in columns.names])
+    added = set(schema.ADDED) & set(columns.names) - set(rows.columns)
+    rows = rows.assign(**dict.fromkeys(added, np.nan))
     given = set(rows.columns) - set(DERIVED)
     assert given == set(columns.names), f"columns must be {columns.names}; got {sorted(given)}"
     rows = rows.sort_values([name for name in columns.names if name not in files.MEASURED])
