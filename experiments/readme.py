@@ -13,19 +13,21 @@ from lora_lab.report.summary import sentences
 from lora_lab.store import load
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- demo-summary -->", "<!-- /demo-summary -->"
+BLOCK = "demo-summary"
 
 
-def block() -> str:
-    """The sentences, as Markdown list items."""
-    return "\n".join(f"- {sentence}" for sentence in sentences(load(ROOT / "results" / "demo")))
+def replaced(readme: str, block: str, content: str) -> str:
+    """The README with what stands between `<!-- block -->` and `<!-- /block -->` replaced."""
+    start, end = f"<!-- {block} -->", f"<!-- /{block} -->"
+    before, _, rest = readme.partition(start)
+    _, _, after = rest.partition(end)
+    return f"{before}{start}\n{content}\n{end}{after}"
 
 
 def written(readme: str) -> str:
-    """The README with its summary replaced."""
-    before, _, rest = readme.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{block()}\n{END}{after}"
+    """The README with its result sentences, as list items, replaced."""
+    lines = [f"- {sentence}" for sentence in sentences(load(ROOT / "results" / "demo"))]
+    return replaced(readme, BLOCK, "\n".join(lines))
 
 
 if __name__ == "__main__":

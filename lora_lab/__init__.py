@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_lab.checkpoints import read_updates
+    from lora_lab.composition import compose
     from lora_lab.linalg import Dense, Factored, Spectrum, decompose
     from lora_lab.measures import measure
     from lora_lab.outside import analyze
@@ -20,6 +21,7 @@ _HOMES = {
     "Factored": "lora_lab.linalg",
     "Spectrum": "lora_lab.linalg",
     "analyze": "lora_lab.outside",
+    "compose": "lora_lab.composition",
     "decompose": "lora_lab.linalg",
     "load": "lora_lab.store",
     "measure": "lora_lab.measures",
@@ -32,6 +34,7 @@ __all__ = [
     "Factored",
     "Spectrum",
     "analyze",
+    "compose",
     "decompose",
     "load",
     "measure",

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-from rich.text import Text
-
+from lora_lab import weights
+from lora_lab.display import console
 from lora_lab.registry import WrongInput, did_you_mean
 from lora_lab.store import Store, StoreError, load, pack
 
 if TYPE_CHECKING:
     from lora_lab.config import Host
     from lora_lab.hydra_bridge import Planned
-    from lora_lab.outside import Outside
 
 OK, FAILED, WRONG, STOPPED = 0, 1, 2, 130
 
@@ -74,18 +70,7 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     add("status", "how many runs are done, running, failed …", status)
     add("runs", "the table of runs", runs)
     add("report", "write results/report.html", report)
-    one = add("analyze", "measures of weights from outside; no training", analyze, results=False)
-    one.add_argument("--base", metavar="DIR", help="folder of the base model")
-    one.add_argument("--tuned", metavar="DIR", help="folder of the fine-tuned model")
-    about = "folder of a PEFT adapter; several: --adapter A --adapter B"
-    one.add_argument("--adapter", metavar="DIR", action="append", help=about)
-    one.add_argument("--measures", metavar="A,B", help="only these measures")
-    about = "what values are compared with: usual, none, or a file of lora_lab/nulls"
-    one.add_argument("--null", metavar="NAME", default="usual", help=about)
-    how = one.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="one JSON list of rows on stdout")
-    how.add_argument("--out", metavar="FILE", help="write rows to .parquet or .csv")
-    how.add_argument("--html", metavar="FILE", help="write a report")
+    weights.enter(add)
     return top, commands
 
 
@@ -116,14 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = shlex.join(["lora-lab", *argv])
         print(f"stopped; what was done stays. Resume with: {again}", file=sys.stderr)
         return STOPPED
-
-
-def console() -> Console:
-    """Where people read: tables go here."""
-    screen = Console(highlight=False)
-    if not screen.is_terminal and "COLUMNS" not in os.environ:
-        screen.width = 1000  # a file or a pipe has no width to keep to
-    return screen
 
 
 def host_overrides(given: argparse.Namespace) -> list[str]:
@@ -265,69 +242,6 @@ def _report(results: Path) -> None:
     from lora_lab.report import write
 
     print(f"report: {write(load(results), results / 'report.html').resolve()}")
-
-
-def analyze(given: argparse.Namespace) -> int:
-    """Measure weights from outside."""
-    from lora_lab.display import LayerProgress
-    from lora_lab.outside import left_out, study, whole
-
-    if (given.tuned is None) == (given.adapter is None):
-        raise WrongInput("analyze needs either --base DIR --tuned DIR or --adapter DIR.")
-    if given.tuned is not None and given.base is None:
-        raise WrongInput("--tuned DIR needs --base DIR, the model that it was tuned from.")
-    out = _file("--out", given.out, ".parquet", ".csv") or _file("--html", given.html, ".html")
-    names = None if given.measures is None else given.measures.split(",")
-    screen = Console(stderr=True, highlight=False, soft_wrap=True)
-    with warnings.catch_warnings(), LayerProgress(screen) as progress:
-        warnings.showwarning = lambda message, *_: screen.print(f"warning: {message}", markup=False)
-        null = None if given.null == "none" else given.null
-        found = study(given.base, given.tuned, given.adapter, names, null, progress)
-    for sentence in left_out(found.measures):
-        screen.print(sentence, markup=False)
-    table = whole(found)
-    if given.json:
-        rows = table.astype(object).where(table.notna(), None).to_dict("records")
-        print(json.dumps(rows, allow_nan=False))
-    elif given.html is not None:
-        from lora_lab.report.outside import write
-
-        folders = {"base": given.base, "tuned": given.tuned, "adapter": given.adapter}
-        words = {k: v if isinstance(v, str) else ", ".join(v) for k, v in folders.items() if v}
-        print(f"report: {write(found, given.html, words)}")
-    elif out is not None:
-        save = table.to_parquet if out.suffix == ".parquet" else table.to_csv
-        save(out, index=False)
-        print(f"{len(table)} rows: {out}", file=sys.stderr)
-    else:
-        _show(found)
-    return OK
-
-
-def _file(option: str, given: str | None, *suffixes: str) -> Path | None:
-    """A file to write: of a known kind, in an existing folder."""
-    if given is None:
-        return None
-    path = Path(given)
-    if path.suffix not in suffixes:
-        raise WrongInput(f"{option} must end in {' or '.join(suffixes)}; got {given!r}.")
-    if not path.parent.is_dir():
-        raise WrongInput(f"{option} must be in an existing folder; {str(path.parent)!r} is none.")
-    return path
-
-
-def _show(found: Outside) -> None:
-    """Tables of layers, one for each source, and of pairs."""
-    from lora_lab.display import layer_table, pair_table
-
-    screen = console()
-    sources = found.measures.groupby("source", sort=False)
-    for source, own in sources:
-        if len(sources) > 1:
-            screen.print(Text(str(source), style="bold"))
-        screen.print(layer_table(own, screen.width))
-    if len(found.pairs):
-        screen.print(pair_table(found.pairs, screen.width))
 
 
 if __name__ == "__main__":

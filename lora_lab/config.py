@@ -37,6 +37,22 @@ class Schedule(Enum):
     constant = "constant"
 
 
+class Optimizer(Enum):
+    """What takes the steps."""
+
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class Quantization(Enum):
+    """Storage of the frozen base, see `linalg.quantize`; `none`: as the model comes."""
+
+    none = "none"
+    int8 = "int8"
+    int4 = "int4"
+    nf4 = "nf4"
+
+
 class Tracker(Enum):
     """W&B modes. `auto` is online with an API key and disabled without one."""
 
@@ -73,12 +89,21 @@ class ModelConfig:
     start : str
         run_id (or an override line, which becomes one) of a finished run whose trained weights
         this run starts from; empty: the pretrained weights.
+    quantize : Quantization
+        Weights of the linear layers in the blocks (target word `all`) are replaced by what this
+        storage gives back, before any of them is adapted: W0 is the dequantised weight, and dW is
+        against it. Full fine-tuning trains all of it from there, in full precision.
     """
 
     start: str = ""
+    quantize: Quantization = Quantization.none
 
     full_rate: ClassVar[float] = 1e-4
     """Learning rate at which full fine-tuning of this model works well (measured)."""
+
+    def begin(self) -> str:
+        """What `start` stands for: an id, an override line, or nothing; a model may add words."""
+        return self.start
 
 
 @dataclass(frozen=True)
@@ -94,9 +119,11 @@ class DataConfig:
         Seed of the split into train, validation and test.
     """
 
+    kind: ClassVar[str] = "text"
+    """What the examples are: ``"text"`` or ``"image"`` with classes, or a ``"regression"``."""
     sizes_are_limits: ClassVar[bool] = False
-    """Whether a split with fewer examples than asked for is taken whole (a user's own data, so
-    that `size=` fits any of it) or refused."""
+    """Whether a split with fewer examples than asked for is taken whole (data of a user or of few
+    examples, so that `size=` fits any of it) or refused."""
 
     train_examples: int | None = None
     validation_examples: int | None = None
@@ -118,6 +145,10 @@ class AdapterConfig:
     """Default learning rate as a multiple of the model's full fine-tuning rate."""
 
 
+ALSO = ("classifier", "norms", "biases", "target_biases", "embeddings")
+"""Words of `train.also`."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a run trains; the same for every method.
@@ -135,12 +166,17 @@ class TrainConfig:
     clip : float or None
         Largest global gradient norm; None: no clipping. Traces are taken before clipping.
     weight_decay : float
-        AdamW's; 0 by default, because decay of factors and of a full weight differ.
+        0 by default, because decay of factors and of a full weight differ.
+    optimizer : Optimizer
+        AdamW, or plain gradient descent (`sgd`), whose rates are other ones: give `train.lr`.
+    momentum : float
+        Of sgd, in [0, 1).
     dropout : float
         Dropout of the model itself, for **all** methods; 0 by default for a fair comparison.
     also : str
         Parameters outside the targets that train, the same for every method: words among
-        `classifier`, `norms`, `biases`, `embeddings` joined by `+`, or `none`.
+        `classifier`, `norms`, `biases` (all of them), `target_biases` (those of the changed
+        layers), `embeddings` joined by `+`, or `none`.
     trace_every : int
         Steps between two trace rows.
     spectra : int
@@ -160,6 +196,8 @@ class TrainConfig:
     warmup: float = 0.1
     clip: float | None = 1.0
     weight_decay: float = 0.0
+    optimizer: Optimizer = Optimizer.adamw
+    momentum: float = 0.0
     precision: Precision = Precision.auto
     dropout: float = 0.0
     also: str = "classifier"
@@ -184,13 +222,21 @@ class TrainConfig:
             "at least 0",
             self.weight_decay,
         )
+        sgd = self.optimizer is Optimizer.sgd
+        need(0 <= self.momentum < 1, "train.momentum", "in [0, 1)", self.momentum)
+        need(
+            sgd or not self.momentum,
+            "train.momentum",
+            "0 without train.optimizer=sgd",
+            self.momentum,
+        )
         if self.clip is not None:
             need_positive("train.clip", self.clip)
         words = set(self.also.split("+"))
         need(
-            words <= {"classifier", "norms", "biases", "embeddings"} or words == {"none"},
+            words <= set(ALSO) or words == {"none"},
             "train.also",
-            "'none' or words among classifier, norms, biases, embeddings joined by '+'",
+            f"'none' or words among {', '.join(ALSO)} joined by '+'",
             repr(self.also),
         )
 

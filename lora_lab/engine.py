@@ -214,18 +214,20 @@ def run_here(one: Planned, host: Host) -> str:
     from lora_lab.execution import follow, source_state
 
     store = Store(host.results, create=True)
-    if left([one], store):
-        for need in one.needs:
-            run_here(need, whole(host, True))
-        run = store.run(one.run_id)
+    status = ""
+    for each in left([each for wave in in_order([one]) for each in wave], store):
+        own, run = whole(host, each is not one), store.run(each.run_id)
         if int(os.environ.get("RANK", "0")) > 0:
-            follow(one.config, host, store, run)
-            return "done"
+            follow(each.config, own, store, run)
+            status = "done"
+            continue
         with _held(run):
             if not run.done:
                 with _logged(run):
-                    return attempt(one.config, host, store, run, source_state(), "")
-    return finished_status(store, one.run_id)
+                    status = attempt(each.config, own, store, run, source_state(), "")
+            else:
+                status = ""
+    return status or finished_status(store, one.run_id)
 
 
 # ---- in the sweep's process -------------------------------------------------------------------
@@ -254,7 +256,13 @@ def left(planned: Iterable[Planned], store: Store) -> list[Planned]:
     """The runs that still have to be trained.
 
     A finished run on disk is checked against its checksums first; a corrupt one is set aside and
-    counts as not done.
+    counts as not done. So does a packed run, of which there are no weights, that one of these runs
+    starts from.
+
+    Parameters
+    ----------
+    planned : iterable of Planned
+        Runs that others start from come first, as `in_order` gives them.
 
     Raises
     ------
@@ -262,7 +270,8 @@ def left(planned: Iterable[Planned], store: Store) -> list[Planned]:
         When a default has changed in the code since a finished run of the same id.
     """
     stored, packed = store.stored_configs(), store.packed_ids()
-    finished, todo = store.finished(), []
+    planned = list(planned)
+    finished, todo = store.finished(), set()
     for one in planned:
         if one.run_id in finished:
             name = changed_default(one.config, stored.get(one.run_id, {}))
@@ -278,8 +287,11 @@ def left(planned: Iterable[Planned], store: Store) -> list[Planned]:
             _quarantine(run, f"checksum of {', '.join(bad)} differs")
             if one.run_id in packed:
                 continue
-        todo.append(one)
-    return todo
+        todo.add(one.run_id)
+    for one in reversed(planned):
+        if one.run_id in todo:
+            todo |= {need.run_id for need in one.needs if not store.run(need.run_id).done}
+    return [one for one in planned if one.run_id in todo]
 
 
 def _quarantine(run: RunDir, reason: str) -> None:

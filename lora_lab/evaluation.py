@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,17 +13,26 @@ from scipy.special import log_softmax
 from lora_lab.adapters.full import FullLayer
 from lora_lab.batches import by_length
 from lora_lab.linalg import Spectrum
-from lora_lab.models import Examples, Model
+from lora_lab.models import Examples, Model, score
 
 EVAL_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Result on one split: `score` is accuracy or R² (higher is better), `loss` the mean loss."""
+    """Result on one split.
+
+    Attributes
+    ----------
+    score, loss : float
+        The model's own score (higher is better), and the mean loss.
+    each : ndarray, (examples,)
+        What each example contributes to the score, see `Model.contributions`.
+    """
 
     score: float
     loss: float
+    each: np.ndarray = field(compare=False)
 
 
 @torch.inference_mode()
@@ -49,40 +58,16 @@ def targets_of(examples: Examples) -> np.ndarray:
 @torch.inference_mode()
 def score_features(model: Model, seen: np.ndarray, targets: np.ndarray) -> Scored:
     """Score the model's own head on given features."""
-    device = next(model.classifier.parameters()).device
+    device = next(model.parameters()).device
     output = model.classifier(torch.from_numpy(seen).to(device))
     loss = float(model.loss(output, torch.from_numpy(targets).to(device)))
-    return Scored(score(output.cpu().numpy(), targets), loss)
+    found = output.cpu().numpy()
+    return Scored(model.score(found, targets), loss, model.contributions(found, targets))
 
 
 def evaluate(model: Model, examples: Examples) -> Scored:
     """Score the model on a split."""
     return score_features(model, features(model, examples), targets_of(examples))
-
-
-def score(output: np.ndarray, targets: np.ndarray) -> float:
-    """Accuracy of logits for integer targets, else R² over all outputs together.
-
-    Parameters
-    ----------
-    output : ndarray, (examples, outputs)
-    targets : ndarray, (examples,) of int, or (examples, outputs) of float
-
-    Returns
-    -------
-    float
-        Accuracy in [0, 1], or R² = 1 - Σ(y - ŷ)²/Σ(y - mean y)² in (-inf, 1].
-
-    >>> score(np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([1, 1]))
-    0.5
-    >>> score(np.array([[1.0], [3.0]]), np.array([[1.0], [3.0]]))
-    1.0
-    """
-    if targets.ndim == 1:
-        return float((output.argmax(1) == targets).mean())
-    wide = targets.astype(np.float64)
-    residual = ((wide - output) ** 2).sum()
-    return float(1 - residual / ((wide - wide.mean(0)) ** 2).sum())
 
 
 PENALTIES = (1e-1, 1e-2, 1e-3)
@@ -192,10 +177,13 @@ def oracle_truncation(
     -------
     list of dict
         Rows `measure, k, side, value` for the whole model: `oracle_score` with side
-        `trained_head` and `refitted_head`, and `oracle_energy`, the share of Σ‖dW‖² kept. k = 0 is
-        the base network; the largest k is the whole update.
+        `trained_head` and `refitted_head` (not for a model whose head has no parameters), and
+        `oracle_energy`, the share of Σ‖dW‖² kept. k = 0 is the base network; the largest k is the
+        whole update.
     """
+    has_head = next(model.classifier.parameters(), None) is not None
     splits = {**splits, "train": FirstExamples(splits["train"], REFIT_EXAMPLES)}
+    splits = splits if has_head else {"test": splits["test"]}
     grid = oracle_grid(max(min(s.shape) for s in spectra.values()))
     total = sum(float((s.values**2).sum()) for s in spectra.values())
     trained = {name: layer.W.data for name, layer in adapted.items()}
@@ -206,25 +194,17 @@ def oracle_truncation(
             for name, layer in adapted.items():
                 layer.W.data = _truncated(layer, trained[name], spectra[name], k)
             seen = {name: features(model, examples) for name, examples in splits.items()}
-            with_head = score_features(model, seen["test"], targets["test"]).score
-            pairs = [(seen[n], targets[n]) for n in ("train", "validation", "test")]
+            found = {"trained_head": score_features(model, seen["test"], targets["test"]).score}
+            if has_head:
+                pairs = [(seen[n], targets[n]) for n in ("train", "validation", "test")]
+                found["refitted_head"] = refit(pairs[0], pairs[1], pairs[2])
+            rows += [
+                {"measure": "oracle_score", "k": float(k), "side": side, "value": value}
+                for side, value in found.items()
+            ]
             kept = sum(float((s.values[:k] ** 2).sum()) for s in spectra.values())
             energy = kept / total if total > 0 else float("nan")
-            rows += [
-                {
-                    "measure": "oracle_score",
-                    "k": float(k),
-                    "side": "trained_head",
-                    "value": with_head,
-                },
-                {
-                    "measure": "oracle_score",
-                    "k": float(k),
-                    "side": "refitted_head",
-                    "value": refit(pairs[0], pairs[1], pairs[2]),
-                },
-                {"measure": "oracle_energy", "k": float(k), "side": "", "value": energy},
-            ]
+            rows.append({"measure": "oracle_energy", "k": float(k), "side": "", "value": energy})
     finally:
         for name, layer in adapted.items():
             layer.W.data = trained[name]

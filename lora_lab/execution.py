@@ -20,13 +20,23 @@ import torch
 
 from lora_lab.adapters import Adapted, snapshot
 from lora_lab.adapters.full import FullLayer
+from lora_lab.checkpoints.write import factor_names, lora_config, whole_name
 from lora_lab.config import Host, Keep, RunConfig, as_dict, run_id
 from lora_lab.evaluation import Scored, evaluate, oracle_truncation
 from lora_lab.linalg import Dense, Spectrum, Update, decompose, updates_of
-from lora_lab.measuring import SOON, Final, base_key, base_spectra, kept, measure_run
+from lora_lab.measuring import (
+    SOON,
+    Final,
+    base_key,
+    base_spectra,
+    kept,
+    measure_run,
+    storage_of,
+)
+from lora_lab.preparation import Setup, Trained, prepare
 from lora_lab.registry import WrongInput
 from lora_lab.store import RunDir, Store, Work
-from lora_lab.training import Diverged, Setup, Trainer, prepare
+from lora_lab.training import Diverged, Trainer
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 
@@ -106,8 +116,7 @@ def execute(
     began = time.perf_counter()
     where = provenance(config, host, source)
     run.begin(identity(config), where)
-    start = trained(store.run(config.model.start)) if config.model.start else ({}, {})
-    setup = prepare(config, host, store.cache, *start)
+    setup = prepare(config, host, store.cache, **linked(config, store))
     work = Work(run.work)
     trainer = Trainer(setup, work, host, on_step)
     metrics: dict[str, Any] = {"status": "done", **counts(setup)}
@@ -115,7 +124,7 @@ def execute(
         trainer.train()
         updates = final_updates(setup.adapted)
         spectra = {n: decompose(u, vectors=True, layer=n) for n, u in updates.items()}
-        metrics |= scores(setup, trainer.validation)
+        metrics |= scores(setup, run, trainer.validation)
         record_update(setup, run, spectra, host)
         record_spectra(setup, trainer, run, work, spectra)
         oracle = [*oracle_rows(setup, spectra, trainer.progress.step)]
@@ -149,7 +158,8 @@ def execute(
     )
     measurable = metrics["status"] == "done" and setup.adapted
     if measurable:  # before the seal: measures that a kill prevents are taken later, and need it
-        key = base_key(where["model_hash"], config.model.start, setup.adapted)
+        model = config.model
+        key = base_key(where["model_hash"], model.start, setup.adapted, model.quantize.name)
         store.write_base(key, setup.base)
     run.seal()
     if measurable:
@@ -166,9 +176,8 @@ def execute(
 
 def follow(config: RunConfig, host: Host, store: Store, run: RunDir) -> None:
     """The part of the other processes of `accelerate launch`: train along, record nothing."""
-    start = trained(store.run(config.model.start)) if config.model.start else ({}, {})
     # Joins the first process, which has begun the run by then.
-    setup = prepare(config, host, store.cache, *start)
+    setup = prepare(config, host, store.cache, **linked(config, store))
     with contextlib.suppress(Diverged):
         Trainer(setup, Work(run.work), host, lambda *_: None).train()
 
@@ -192,13 +201,17 @@ def counts(setup: Setup) -> dict[str, int | float]:
     }
 
 
-def scores(setup: Setup, validation: Scored | None) -> dict[str, float]:
-    """Test and validation result of the trained model; the latter may be known already."""
+def scores(setup: Setup, run: RunDir, validation: Scored | None) -> dict[str, float]:
+    """Test and validation result of the trained model; the latter may be known already.
+
+    What each test example contributes becomes the run's table `examples`.
+    """
     test = evaluate(setup.model, setup.splits["test"])
     if validation is None:
         validation = evaluate(setup.model, setup.splits["validation"])
     if not math.isfinite(test.loss):
         raise Diverged("NaN or Inf in the test loss after the last step")
+    run.write_table("examples", pd.DataFrame({"i": range(len(test.each)), "value": test.each}))
     return {"score": test.score, "loss": test.loss, "validation_score": validation.score}
 
 
@@ -227,19 +240,27 @@ def record_update(setup: Setup, run: RunDir, spectra: Mapping[str, Spectrum], ho
     run.write_tensors("head", {n: p.detach().cpu().numpy() for n, p in inside.items()})
     if not setup.adapted:
         return
-    shapes = {layer: module.shape for layer, module in setup.adapted.items()}
-    peft = setup.config.adapter.peft_config(shapes)
     tensors = snapshot(setup.adapted)
-    if peft is not None:
-        run.write_json("adapter_config", peft | {"base_model_name_or_path": _base_name(setup)})
-        run.write_tensors(
-            "adapter_model",
-            {
-                f"base_model.model.{name[:-2]}.lora_{name[-1]}.weight": array.astype(np.float32)
-                for name, array in tensors.items()
-                if name.endswith((".A", ".B"))
-            },
+    ranks = {
+        layer: len(tensors[f"{layer}.A"]) for layer in setup.adapted if f"{layer}.A" in tensors
+    }
+    if ranks and len(ranks) == len(setup.adapted):
+        scales = {layer: float(tensors[f"{layer}.scale"]) for layer in ranks}
+        sizes = {layer: (r, scales[layer] * r) for layer, r in ranks.items()}
+        names = setup.config.model.shapes(setup.config.data)
+        run.write_json(
+            "adapter_config", lora_config(sizes, names, base_model_name_or_path=_base_name(setup))
         )
+        factors: dict[str, np.ndarray] = {}
+        for layer in ranks:
+            for name, part in zip(factor_names(layer), "AB", strict=True):
+                factors[name] = tensors[f"{layer}.{part}"].astype(np.float32)
+        # Norms, biases and embeddings that trained too, where PEFT looks for them.
+        for name, parameter in inside.items():
+            if name.startswith("base."):
+                own = whole_name(name.removeprefix("base."), ranks)
+                factors[own] = parameter.detach().cpu().numpy()
+        run.write_tensors("adapter_model", factors)
     elif host.keep is Keep.all:
         run.write_tensors("update", tensors)
     else:
@@ -248,12 +269,16 @@ def record_update(setup: Setup, run: RunDir, spectra: Mapping[str, Spectrum], ho
 
 def _of_update(name: str, setup: Setup) -> bool:
     """Whether a parameter belongs to a layer's update (a layer's own bias does not)."""
-    owner, _, leaf = name.removeprefix("base.").rpartition(".")
-    return owner in setup.adapted and leaf != "bias"
+    inner = name.removeprefix("base.")
+    return any(
+        inner.startswith(f"{layer}.") and inner != f"{layer}.bias" for layer in setup.adapted
+    )
 
 
 def _base_name(setup: Setup) -> str:
-    return str(getattr(setup.config.model, "name", "") or type(setup.config.model).__name__)
+    """Where PEFT finds the base network: its folder or hub name, if it has any."""
+    model = setup.config.model
+    return str(model.source() if hasattr(model, "source") else type(model).__name__)
 
 
 def _leading(spectra: Mapping[str, Spectrum], k: int) -> dict[str, np.ndarray]:
@@ -311,14 +336,21 @@ def oracle_rows(setup: Setup, spectra: Mapping[str, Spectrum], step: int) -> lis
     return [{"step": step, "layer": "", **row} for row in rows]
 
 
-def trained(run: RunDir) -> tuple[dict[str, Update], dict[str, np.ndarray]]:
-    """Whole updates of a finished run, and what else it trained inside the base network.
+def linked(config: RunConfig, store: Store) -> dict[str, Trained]:
+    """What the runs that a config names left, by the keyword of `prepare`."""
+    named = {"start": config.model.start, "reference": getattr(config.adapter, "reference", "")}
+    return {keyword: trained(store, name) for keyword, name in named.items() if name}
+
+
+def trained(store: Store, name: str) -> Trained:
+    """What a finished run left inside the base network, on top of those that it started from.
 
     Raises
     ------
     WrongInput
-        When the run is not done, or only the leading directions of its update were kept.
+        When one of the runs is not done, or only the leading directions of its update were kept.
     """
+    run = store.run(name)
     if run.status() != "done":
         raise WrongInput(f"run {run.run_id} is not done; it cannot be started from.")
     others = {
@@ -332,4 +364,5 @@ def trained(run: RunDir) -> tuple[dict[str, Update], dict[str, np.ndarray]]:
             f"run {run.run_id} kept only the leading directions of its update; do it again with "
             "host.keep=all in a new results folder."
         )
-    return updates, others
+    before = run.read_json("config")["config"]["model"]["start"]
+    return Trained(updates, others, storage_of(run), trained(store, before) if before else None)

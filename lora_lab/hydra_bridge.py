@@ -29,6 +29,7 @@ from lora_lab.config import (
     GROUPS,
     ID_LENGTH,
     Host,
+    Optimizer,
     Precision,
     RunConfig,
     TrainConfig,
@@ -46,7 +47,7 @@ REGISTRIES: dict[str, Registry[Any]] = {"model": MODELS, "data": DATA, "adapter"
 
 LITERAL = (
     *("data.path", "data.name", "data.text", "data.label", "data.config", "data.revision"),
-    *("model.name", "model.revision", "model.start", "host.results"),
+    *("model.name", "model.revision", "model.start", "adapter.reference", "host.results"),
 )
 """Fields whose value is taken as it is typed: paths, names that others chose, and override lines
 of other runs."""
@@ -325,6 +326,13 @@ def resolve(config: RunConfig, device: str) -> RunConfig:
     """
     train = config.train
     if train.lr is None:
+        need(
+            train.optimizer is Optimizer.adamw,
+            "train.lr",
+            "given with train.optimizer=sgd",
+            "nothing",
+            "The default rates are AdamW's.",
+        )
         rate = float(f"{type(config.model).full_rate * type(config.adapter).rate:.6g}")
         train = dataclasses.replace(train, lr=rate)
     if train.precision is Precision.auto:
@@ -349,7 +357,7 @@ def shapes(model: Any, data: Any) -> Mapping[str, tuple[int, int]]:
 
 def planned(config: RunConfig, host: Host) -> Planned:
     """A typed config as a run to do, with the run that it starts from."""
-    needs = starts(config.model.start, host)
+    needs = starts(config.model.begin(), host)
     if needs:
         first = needs[0].config
         if shapes(first.model, first.data) != shapes(config.model, config.data):
@@ -359,13 +367,18 @@ def planned(config: RunConfig, host: Host) -> Planned:
             )
         model = dataclasses.replace(config.model, start=needs[0].run_id)
         config = dataclasses.replace(config, model=model)
+    reference = starts(getattr(config.adapter, "reference", ""), host, "adapter.reference")
+    if reference:
+        adapter = dataclasses.replace(config.adapter, reference=reference[0].run_id)
+        config = dataclasses.replace(config, adapter=adapter)
     config = resolve(config, device_type(host.device))
     check(config)
-    return Planned(config, run_id(config), needs)
+    return Planned(config, run_id(config), (*needs, *reference))
 
 
-def starts(start: str, host: Host) -> tuple[Planned, ...]:
-    """The run that an override line in `model.start` names; none for an id or nothing.
+def starts(start: str, host: Host, key: str = "model.start") -> tuple[Planned, ...]:
+    """The run that an override line in `model.start` or another key names; none for an id or
+    nothing.
 
     Raises
     ------
@@ -377,16 +390,16 @@ def starts(start: str, host: Host) -> tuple[Planned, ...]:
     if re.fullmatch(rf"[0-9a-f]{{{ID_LENGTH}}}", start):
         there = Path(host.results).is_dir()
         if not there or Store(host.results).run(start).status() != "done":
-            raise WrongInput(f"model.start={start}: no such finished run in {host.results!r}.")
+            raise WrongInput(f"{key}={start}: no such finished run in {host.results!r}.")
         return ()
     if "=" not in start:
         raise WrongInput(
-            f"model.start must be the id of a finished run or an override line such as "
+            f"{key} must be the id of a finished run or an override line such as "
             f"'adapter=full seed=0'; got {start!r}."
         )
     found, _ = plan([start.split()], defaults=[f"host.device={host.device}"])
     if len(found) != 1:
-        raise WrongInput(f"model.start must name one run; {start!r} names {len(found)}.")
+        raise WrongInput(f"{key} must name one run; {start!r} names {len(found)}.")
     return (found[0],)
 
 

@@ -41,10 +41,16 @@ class Final:
         return met(self.spectrum, self.given)
 
 
-def base_key(model_hash: str, start: str, layers: Iterable[str]) -> str:
+def base_key(model_hash: str, start: str, layers: Iterable[str], quantize: str = "none") -> str:
     """Name under which the store keeps W0 of these layers for all runs that share it."""
-    text = "\n".join([model_hash, start, *sorted(layers)])
+    storage = [] if quantize == "none" else [f"quantize={quantize}"]
+    text = "\n".join([model_hash, start, *storage, *sorted(layers)])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def storage_of(run: RunDir) -> str:
+    """How a run's frozen base was stored; runs of before there was a choice do not say."""
+    return str(run.read_json("config")["config"]["model"].get("quantize", "none"))
 
 
 def base_spectra(store: Store, key: str, base: Mapping[str, Array]) -> dict[str, Spectrum]:
@@ -133,7 +139,8 @@ def kept(run: RunDir) -> tuple[dict[str, Update], bool]:
     Of a full fine-tuning under `host.keep=top` only leading directions are kept, as factors.
     """
     if run.has_tensors("adapter_model"):
-        return {layer: update for layer, _, update in read_updates(adapter=run.path)}, True
+        with warnings.catch_warnings(action="ignore"):  # of embeddings, which `head` holds
+            return {layer: update for layer, _, update in read_updates(adapter=run.path)}, True
     if not run.has_tensors("update"):
         return {}, True
     updates = updates_of(run.read_tensors("update"))
@@ -147,8 +154,9 @@ def finals_of(store: Store, run: RunDir) -> dict[str, Final]:
     exact = {str(name): _stored(group["sigma"], about[str(name)]) for name, group in
              sigma.groupby("layer", sort=False)}  # fmt: skip
     updates, whole = kept(run)
-    model = run.read_json("config")["config"]["model"]
-    key = base_key(run.read_json("provenance")["model_hash"], model["start"], about)
+    start = run.read_json("config")["config"]["model"]["start"]
+    model_hash = run.read_json("provenance")["model_hash"]
+    key = base_key(model_hash, start, about, storage_of(run))
     base = store.read_base(key) or {}
     bases = base_spectra(store, key, base)
     out = {}

@@ -11,7 +11,10 @@ RUNS = {
     "run_id": ("string", "hash of the config, see config.run_id"),
     "status": ("string", "done, running, failed, interrupted or diverged"),
     "sweep": ("string", "names of the sweeps that hold this run, joined by ','"),
-    "score": ("float64", "test accuracy (classification) or R2 (planted); higher is better"),
+    "score": (
+        "float64",
+        "test accuracy (classification), R2 (planted) or exp(-loss) (language); higher is better",
+    ),
     "validation_score": ("float64", "the same on the validation split after the last step"),
     "loss": ("float64", "mean training loss on the test split"),
     "trainable": ("int64", "parameters that train, everything included"),
@@ -63,3 +66,14 @@ SPECTRA = {
     "i": ("int64", "1 = largest"),
     "sigma": ("float64", "i-th singular value of dW_t"),
 }
+
+EXAMPLES = {
+    "run_id": ("string", "the run"),
+    "i": ("int64", "place of the test example in the split, 0 = first; the same for all seeds"),
+    "value": (
+        "float64",
+        "1 if it was classified right, else 0; its share of R2 (planted); its mean "
+        "log probability per token (language models)",
+    ),
+}
+"""What each test example contributes to the score: what paired comparisons of two runs read."""

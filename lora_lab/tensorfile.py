@@ -19,11 +19,20 @@ from lora_lab.registry import WrongInput
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' words for the dtypes that are read, and their names here."""
 
+OTHERS = {
+    "BOOL": "u1", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4",
+    "U64": "u8", "I64": "i8",
+}  # fmt: skip
+"""safetensors' words for dtypes whose tensors are copied as they lie, and numpy's."""
+
 SMALL_FLOATS = ("F8", "F6", "F4")
 """Starts of safetensors' words for quantised floats: worth nothing without their scales."""
 
 SMALL_INTEGERS = ("I8", "U8")
 """Words for what quantised weights are stored as, if the tensor is a weight."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The file of a model that was saved whole, and the list of shards of one that was not."""
 
 BLOCK = 1 << 18
 """Entries that are read and cast at a time."""
@@ -68,7 +77,8 @@ class StoredTensor:
 
     @property
     def _stored(self) -> np.dtype[Any]:
-        return np.dtype("u2" if self.dtype == "bfloat16" else self.dtype).newbyteorder("<")
+        known = OTHERS | {"bfloat16": "u2"}
+        return np.dtype(known.get(self.dtype, self.dtype)).newbyteorder("<")
 
     def load(self) -> NDArray[np.float64]:
         """The tensor as float64.
@@ -192,12 +202,17 @@ def model_matrices(given: str | Path, kind: str) -> dict[str, StoredTensor]:
     WrongInput
         No such folder, no safetensors in it, a damaged file or index.
     """
+    return matrices(model_tensors(given, kind))
+
+
+def model_tensors(given: str | Path, kind: str) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder, of any dtype and shape; otherwise as `model_matrices`."""
     folder = local_folder(given, kind)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / SINGLE
     if single.is_file():
-        return matrices(tensors_of(single))
+        return tensors_of(single)
     if not index.is_file():
-        raise holds_no(folder, "model.safetensors (or model.safetensors.index.json)")
+        raise holds_no(folder, f"{SINGLE} (or {INDEX})")
     shards = read_json(index).get("weight_map")
     # A shard's name is untrusted text: it must name a file of this very folder.
     if not isinstance(shards, dict) or any(
@@ -209,7 +224,7 @@ def model_matrices(given: str | Path, kind: str) -> dict[str, StoredTensor]:
         tensors |= tensors_of(folder / shard)
     if lost := sorted(set(shards) - set(tensors)):
         raise WrongInput(f"{index} lists {some(lost)}, which no shard holds. Copy it again.")
-    return matrices(tensors)
+    return tensors
 
 
 def local_folder(given: str | Path, kind: str) -> Path:

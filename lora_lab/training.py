@@ -6,53 +6,25 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lora_lab.adapters import Adapted, attach, compute_in, snapshot
+from lora_lab.adapters import Adapted, snapshot
 from lora_lab.batches import TrainingBatches
-from lora_lab.config import Host, RunConfig, Schedule
-from lora_lab.data import Problem
+from lora_lab.config import Host, Optimizer, Schedule, TrainConfig
 from lora_lab.evaluation import Scored, evaluate
-from lora_lab.linalg import Update
-from lora_lab.models import Examples, Model
+from lora_lab.models import Examples
+from lora_lab.preparation import Setup
 from lora_lab.probes import PROBES, History, Moment, copies
-from lora_lab.registry import WrongInput
 from lora_lab.store import Work
 
 
 class Diverged(ArithmeticError):
     """NaN or Inf appeared; the message says where and at which step."""
-
-
-@dataclass
-class Setup:
-    """A run ready to train.
-
-    Attributes
-    ----------
-    adapted : dict of str to Adapted
-        The changed layers by name.
-    steps : int
-        Optimizer steps of the whole run.
-    base : dict of str to ndarray
-        W0 of the changed layers, (out, in), float32 or wider.
-    """
-
-    config: RunConfig
-    problem: Problem
-    model: Model
-    adapted: dict[str, Adapted]
-    splits: dict[str, Examples]
-    accelerator: accelerate.Accelerator
-    steps: int
-    base: dict[str, np.ndarray]
 
 
 @dataclass
@@ -64,84 +36,6 @@ class Progress:
     examples: int = 0
     traces: list[tuple[int, str, str, float]] = field(default_factory=list)
     snapshots: list[int] = field(default_factory=list)
-
-
-def prepare(
-    config: RunConfig,
-    host: Host,
-    cache: Path,
-    updates: Mapping[str, Update] | None = None,
-    others: Mapping[str, np.ndarray] | None = None,
-) -> Setup:
-    """Load data and model and replace the target layers.
-
-    `updates` and `others` are what another run left in the network (see `execution.trained`):
-    dW by layer, added to the pretrained weight, and whole parameters, put in its place.
-
-    The head and dropout draw from torch's global generator, seeded here with the run's seed;
-    the factors of each layer draw from a generator of their own.
-    """
-    accelerator = accelerate.Accelerator(cpu=host.device == "cpu")
-    processes = accelerator.num_processes
-    if config.train.accumulate % processes:
-        raise WrongInput(
-            f"train.accumulate must be a multiple of the {processes} processes, which share a "
-            f"step's micro-batches; got {config.train.accumulate}."
-        )
-    accelerator.gradient_accumulation_steps = config.train.accumulate // processes
-    torch.manual_seed(config.seed)
-    problem = config.data.load()
-    model = config.model.build(config.data, problem, config.train.dropout)
-    for layer, update in (updates or {}).items():
-        weight = model.base.get_parameter(f"{layer}.weight").data
-        dW = torch.from_numpy(update.dense())
-        weight += (dW if weight.shape == dW.shape else dW.T).to(weight)
-    for name, array in (others or {}).items():
-        model.base.get_parameter(name).data.copy_(torch.from_numpy(array))
-    dtype = getattr(torch, config.train.precision.name)
-    if dtype == torch.float64:
-        model.double()
-    adapted = attach(model.base, config.adapter, config.model.shapes(config.data), config.seed)
-    base = {name: layer.W0.numpy() for name, layer in adapted.items()}
-    inside = also_trains(model, config.train.also)
-    if dtype == torch.bfloat16 and not inside:
-        compute_in(model.base, dtype)
-    elif dtype == torch.bfloat16:
-        # Norms, biases or embeddings train too: they stay float32, products are cast one by one.
-        model.features = _autocast(model.features, accelerator.device.type)
-    splits = {name: config.model.encode(problem, name, cache) for name in problem.inputs}
-    model.to(accelerator.device)
-    batches = math.ceil(len(splits["train"]) / config.train.batch_size)
-    steps = max(1, math.ceil(config.train.epochs * batches / config.train.accumulate))
-    return Setup(config, problem, model, adapted, splits, accelerator, steps, base)
-
-
-def _autocast(call: Callable[..., torch.Tensor], device: str) -> Callable[..., torch.Tensor]:
-    def cast(batch: Any) -> torch.Tensor:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            return call(batch).float()
-
-    return cast
-
-
-def also_trains(model: Model, words: str) -> bool:
-    """Unfreeze the parameters that `train.also` names; whether any lies inside the base."""
-    chosen = set(words.split("+"))
-    if "classifier" not in chosen:
-        model.classifier.requires_grad_(False)
-    found = False
-    for module in model.base.modules():
-        is_norm = "Norm" in type(module).__name__
-        is_embedding = isinstance(module, nn.Embedding)
-        for name, parameter in module.named_parameters(recurse=False):
-            if (
-                ("norms" in chosen and is_norm)
-                or ("embeddings" in chosen and is_embedding)
-                or ("biases" in chosen and name == "bias" and not is_norm)
-            ):
-                parameter.requires_grad_(True)
-                found = True
-    return found
 
 
 def spectrum_steps(steps: int, count: int) -> set[int]:
@@ -184,10 +78,10 @@ class Trainer:
         self.validation: Scored | None = None
         peak = self.cfg.lr
         assert peak is not None, "the rate is resolved before training"
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=peak, weight_decay=self.cfg.weight_decay, fused=True
-        )
-        self.scheduler = schedule(self.optimizer, self.cfg.schedule, self.cfg.warmup, setup.steps)
+        if self.parameters:
+            self.optimizer = optimizer(self.parameters, rates(setup.adapted), peak, self.cfg)
+            kind, warmup = self.cfg.schedule, self.cfg.warmup
+            self.scheduler = schedule(self.optimizer, kind, warmup, setup.steps)
         self.probes, self.history = dict(PROBES), History()
         self.spectra_at = spectrum_steps(setup.steps, self.cfg.spectra)
         count = self.cfg.evaluations
@@ -201,6 +95,9 @@ class Trainer:
         Diverged
             At the first step with NaN or Inf in the loss or a gradient.
         """
+        if not self.parameters:  # a head without parameters on a base that stays: the floor
+            self._validate()
+            return
         self._resume()
         setup, done = self.setup, self.progress
         per_step = self.cfg.accumulate
@@ -221,6 +118,8 @@ class Trainer:
         model, loader, self.optimizer = setup.accelerator.prepare(
             setup.model, loader, self.optimizer
         )
+        if done.step == 0:
+            self._trace_start()
         model.train()
         saved = clock = time.perf_counter()
         losses: list[torch.Tensor] = []
@@ -249,6 +148,15 @@ class Trainer:
                 saved = time.perf_counter()
             clock = time.perf_counter()
 
+    def _trace_start(self) -> None:
+        """Trace ‖dW₀‖ and the validation loss as step 0, for a start that is not the base."""
+        norms = {name: m.update_norm() for name, m in self.setup.adapted.items()}
+        # A start that is taken from the frozen weight leaves its rounding there.
+        if any(norms[n] > 1e-5 * m.W0.double().norm() for n, m in self.setup.adapted.items()):
+            self._record({"update_norm": norms})
+            self._validate()
+            self.validation = None
+
     def _due(self, step: int) -> set[str]:
         """Which kinds of probes are taken at a step, see `probes.Probe.at`."""
         last = step == self.setup.steps
@@ -270,7 +178,8 @@ class Trainer:
 
     def _finish_step(self, loss: torch.Tensor, clock: float) -> None:
         """Trace, clip, step. Gradients are traced as they are, before clipping."""
-        done, step = self.progress, self.progress.step
+        setup, done, step = self.setup, self.progress, self.progress.step
+        setup.config.adapter.before_step(setup.adapted, step, setup.steps)
         due = self._due(step)
         speed = done.examples / max(done.seconds + time.perf_counter() - clock, 1e-9)
         rate = float(self.scheduler.get_last_lr()[0])
@@ -288,6 +197,7 @@ class Trainer:
         if self.cfg.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.cfg.clip, norm)
         self.optimizer.step()
+        setup.config.adapter.after_step(setup.adapted, step, setup.steps, self.optimizer)
         self.scheduler.step()
         self.optimizer.zero_grad()
         if due:
@@ -346,9 +256,11 @@ class Trainer:
         if not self.setup.accelerator.is_main_process:
             return
         tensors = {f"parameter/{name}": p for name, p in self.parameters.items()}
-        for i, name in enumerate(self.parameters):
-            for key, value in self.optimizer.state_dict()["state"].get(i, {}).items():
-                tensors[f"optimizer/{name}/{key}"] = value
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if value is not None:  # as momentum is before the first step
+                    tensors[f"optimizer/{name}/{key}"] = value
+        tensors |= {f"state/{name}": t for name, t in states(self.setup.adapted).items()}
         tensors |= {f"gradients/{name}": G for name, G in self.history.gradients.items()}
         tensors["generator"] = torch.get_rng_state()
         self.work.write_checkpoint(
@@ -366,14 +278,18 @@ class Trainer:
         state["traces"] = [tuple(row) for row in state["traces"]]
         self.progress = Progress(**state)
         self.history = History(self.progress.traces, _under("gradients/", tensors))
-        optimizer = self.optimizer.state_dict()
-        for i, (name, parameter) in enumerate(self.parameters.items()):
+        for name, buffer in states(self.setup.adapted).items():
+            buffer.copy_(torch.from_numpy(tensors[f"state/{name}"]))
+        for name, parameter in self.parameters.items():
             parameter.data.copy_(torch.from_numpy(tensors[f"parameter/{name}"]))
             if moments := _under(f"optimizer/{name}/", tensors):
-                optimizer["state"][i] = moments
-        for group in optimizer["param_groups"]:
-            group["lr"] = self.scheduler.get_last_lr()[0]
-        self.optimizer.load_state_dict(optimizer)
+                self.optimizer.state[parameter] = moments
+        for group, rate in zip(
+            self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
+        # Brings the moments to the parameters' device.
+        self.optimizer.load_state_dict(self.optimizer.state_dict())
         torch.set_rng_state(torch.from_numpy(tensors["generator"]))
 
 
@@ -397,6 +313,43 @@ class _Indices:
 
     def __getitem__(self, index: int) -> int:
         return index
+
+
+def rates(adapted: Mapping[str, Adapted]) -> dict[str, float]:
+    """Multiples of the run's learning rate, by the parameter's name in the model."""
+    return {
+        f"base.{layer}.{name}": multiple
+        for layer, module in adapted.items()
+        for name, multiple in module.rates.items()
+    }
+
+
+def states(adapted: Mapping[str, Adapted]) -> dict[str, torch.Tensor]:
+    """What methods remember from step to step: the persistent buffers of their layers."""
+    return {
+        f"{layer}.{name}": tensor
+        for layer, module in adapted.items()
+        for name, tensor in module.state_dict().items()
+        if name not in dict(module.named_parameters())
+    }
+
+
+def optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    multiples: Mapping[str, float],
+    lr: float,
+    config: TrainConfig,
+) -> torch.optim.Optimizer:
+    """The optimizer of a run, with one group of parameters for each learning rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(multiples.get(name, 1.0), []).append(parameter)
+    grouped = [{"params": of_one, "lr": lr * multiple} for multiple, of_one in groups.items()]
+    if config.optimizer is Optimizer.sgd:
+        return torch.optim.SGD(
+            grouped, lr, config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+    return torch.optim.AdamW(grouped, lr, weight_decay=config.weight_decay, fused=True)
 
 
 def schedule(

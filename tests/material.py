@@ -11,8 +11,11 @@ from lora_lab.linalg import Dense, Factored, Spectrum, decompose
 from lora_lab.linalg.factored import Array, Update
 from lora_lab.measures import MEASURES, Measure, Refused
 
-ENTRYWISE = {"merge_precision", "sign_conflict"}
+ENTRYWISE = {"merge_precision", "requantization_error", "sign_conflict"}
 """Measures of single entries: a rotation changes what they measure."""
+
+IN_STORAGE_ORDER = {"requantization_error"}
+"""Measures of rows or blocks of numbers: transposition changes what they measure too."""
 
 INPUT_SIDE = {"activations"}
 """Needs that belong to the input side: transposition is no symmetry of their measures."""

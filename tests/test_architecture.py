@@ -19,12 +19,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_lab"
 
 FLOORS = {
-    1: "registry config schema stats layers targets tensorfile embedded orphans linalg",
-    2: "measures nulls probes inits models data figures trackers store checkpoints batches",
+    1: "registry config schema stats layers targets tensorfile embedded orphans gradual linalg",
+    2: "measures nulls probes inits scalings models data figures trackers store checkpoints batches"
+    " injection causal",
     3: "adapters analysis measuring tasks comparison replication",
-    4: "training evaluation execution hydra_bridge outside",
+    4: "material preparation training evaluation execution hydra_bridge outside convert"
+    " composition",
     5: "engine report",
-    6: "cli display progress",
+    6: "cli claims weights display progress",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
@@ -34,27 +36,29 @@ HOMES = {
     "wandb": ("lora_lab/trackers/",),
     "seaborn": ("lora_lab/figures/",),
     "matplotlib": ("lora_lab/figures/",),
-    "transformers": ("lora_lab/models/",),
+    "transformers": ("lora_lab/models/", "experiments/"),
     "datasets": ("lora_lab/data/",),
-    "accelerate": ("lora_lab/training.py",),
+    "accelerate": ("lora_lab/preparation.py",),
     "pebble": ("lora_lab/engine.py",),
     "jinja2": ("lora_lab/report/",),
     "plotly": ("lora_lab/report/",),
-    "rich": ("lora_lab/cli.py", "lora_lab/display.py", "lora_lab/progress.py"),
+    "rich": ("lora_lab/weights.py", "lora_lab/display.py", "lora_lab/progress.py"),
     "scipy": (
         "lora_lab/linalg/",
         "lora_lab/measures/",
         "lora_lab/nulls/",
-        "lora_lab/stats.py",
+        "lora_lab/stats/",
         "lora_lab/evaluation",
     ),
     "powerlaw": ("lora_lab/measures/",),
-    "peft": (),  # only its file format is known, in checkpoints/
+    # Its file format is known in checkpoints/.
+    "peft": ("lora_lab/injection.py", "experiments/"),
     "gguf": ("lora_lab/checkpoints/",),
     "torch": (
         *("lora_lab/models/", "lora_lab/inits/", "lora_lab/probes/", "lora_lab/adapters/"),
-        *("lora_lab/training.py", "lora_lab/evaluation.py", "lora_lab/execution.py"),
-        *("lora_lab/engine.py", "experiments/"),
+        *("lora_lab/training.py", "lora_lab/preparation.py", "lora_lab/material.py"),
+        *("lora_lab/evaluation.py", "lora_lab/execution.py", "lora_lab/causal.py"),
+        *("lora_lab/engine.py", "lora_lab/composition/", "lora_lab/injection.py", "experiments/"),
     ),
 }
 
@@ -183,7 +187,7 @@ def test_an_outside_library_is_imported_only_in_its_home(library: str) -> None:
         assert not used or at_home, f"{place} imports {sorted(used)}"
 
 
-UNUSED = ("peft", "gguf", "plotly")
+UNUSED = ("gguf", "plotly")
 """Libraries whose home stands empty."""
 
 

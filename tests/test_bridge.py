@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from lora_lab import hydra_bridge
-from lora_lab.adapters.lora import Scaling
 from lora_lab.config import Keep
 from lora_lab.hydra_bridge import MOST, Planned, choices, conf_folder, parse, plan, preset
 from lora_lab.registry import WrongInput
@@ -18,6 +17,8 @@ PLANTED = ["model=planted", "data=planted"]
 GROUNDS = {
     "minilm on rotten_tomatoes": ["model=minilm", "data=rotten_tomatoes"],
     "minilm on imdb": ["model=minilm", "data=imdb"],
+    "minilm on joint data": ["model=minilm", "data=joint"],
+    "digits": ["model=digits_vit", "data=digits"],
     "planted": PLANTED,
 }
 RUNS = {
@@ -26,6 +27,7 @@ RUNS = {
     "alpha": (45, 15),
     "learning_rate": (60, 20),
     "targets": (36, 12),
+    "methods": (75, 25),
 }
 """Runs of each preset, and of each at one seed; `alpha` names one per seed twice (α = r is α = 16
 at r = 16)."""
@@ -294,7 +296,7 @@ def test_a_regex_in_quotes_reaches_the_method_unchanged() -> None:
 
 
 def test_choices_and_switches_become_what_they_name() -> None:
-    assert one("adapter.scaling=rslora").config.adapter.scaling is Scaling.rslora
+    assert one("adapter.scaling=rslora").config.adapter.scaling == "rslora"
     _, host = plan([[*PLANTED, "host.keep=top", "host.yes=true", "host.workers=null"]])
     assert (host.keep, host.yes, host.workers) == (Keep.top, True, None)
 

@@ -78,8 +78,8 @@ WRONG = {
     "swep": "unknown command 'swep' | commands: demo, train, sweep | Did you mean 'sweep'?",
     "--results out runs": "the command comes first; got '--results' | commands: demo, train",
     "-v": "the command comes first; got '-v'",
-    "sweep": "needs a NAME: alpha, demo, learning_rate, rank, targets",
-    "plan": "needs a NAME: alpha, demo, learning_rate, rank, targets",
+    "sweep": "needs a NAME: alpha, demo, learning_rate, methods, rank, targets",
+    "plan": "needs a NAME: alpha, demo, learning_rate, methods, rank, targets",
     "sweep rnak": "unknown sweep 'rnak' | allowed: alpha, demo | Did you mean 'rank'?",
     "sweep ../conf": "unknown sweep '../conf' | allowed: alpha, demo",
     "sweep adapter.r=3": "unknown sweep 'adapter.r=3' | allowed: alpha, demo",
@@ -101,6 +101,18 @@ WRONG = {
     "analyze --adapter a --measures stabel_rank": "unknown measure | Did you mean 'stable_rank'?",
     "analyze --adapter a --measures norm,": "unknown measure ''",
     "analyze --adapter a --null gausian": "unknown null 'gausian' | Did you mean 'gaussian'?",
+    "extract": "arguments are required: --base, --tuned, --out",
+    "extract --base b --tuned t --out o": "one of the arguments --r --energy --ranks is required",
+    "extract --base b --tuned t --out o --r 1 --energy 1": "--energy: not allowed with argument",
+    "extract --base b --tuned t --out o --r 1.5": "--r: invalid int value: '1.5'",
+    "extract --base b --tuned t --out o --r 0": "r must be a whole number of at least 1; got 0",
+    "extract --base b --tuned t --out o --energy 2": "energy must be in (0, 1]; got 2.0",
+    "extract --base b --tuned t --out o --ranks no.json": "no.json cannot be read as JSON",
+    "extract --base b --tuned t --out o --r 1": "base must be a local folder; got 'b'",
+    "truncate --adapter a --out o --r 1": "adapter must be a local folder; got 'a'",
+    "truncate --adapter empty --out o --r 1": "empty holds no adapter_config.json",
+    "merge --base b --out o": "arguments are required: --adapter",
+    "merge --base b --adapter a --out o": "base must be a local folder; got 'b'",
     "runs extra": "unrecognized arguments: extra",
     "runs --result out": "unrecognized arguments: --result out",
     "runs --results": "--results: expected one argument",
@@ -132,12 +144,12 @@ WRONG = {
     f"train {P} lr=1": "unknown key 'lr' | Did you mean 'train.lr'?",
     f"train {P} train=fast": "'train' is a group | train.lr",
     # choices
-    "train adapter=lorra": "unknown adapter 'lorra' | full, head, lora | Did you mean 'lora'?",
-    "train model=bert": "unknown model 'bert' | allowed: hf, minilm, planted",
+    "train adapter=lorra": "unknown adapter 'lorra' | full, head, | Did you mean 'lora'?",
+    "train model=bert": "unknown model 'bert' | allowed: digits_vit, hf, minilm, planted, smollm2",
     "train data=rotten": "unknown data 'rotten' | Did you mean 'rotten_tomatoes'?",
     f"train {P} size=big": "unknown size 'big' | allowed: demo, paper, smoke",
     f"train {P} size=null": "unknown size 'null'",
-    f"train {P} adapter.scaling=rs": "adapter.scaling must be one of alpha_over_r, rslora",
+    f"train {P} adapter.scaling=rs": "unknown adapter.scaling 'rs' | Did you mean 'rslora'?",
     f"train {P} adapter.init=kaimin": "unknown adapter.init 'kaimin' | Did you mean 'kaiming'?",
     f"train {P} train.precision=int8": "train.precision must be one of auto, float64 | got 'int8'",
     f"train {P} train.also=heads": "train.also must be | classifier, norms | got 'heads'",
@@ -169,7 +181,7 @@ WRONG = {
     f"sweep rank {P} seed=range(0,100000)": "more than 5000 runs in one command",
     # models and data
     "train model=planted": "model=planted solves regression problems | Add data=planted",
-    "train data=planted": "the data holds planted regression | Use model=planted",
+    "train data=planted": "the data holds regression | Use model=planted",
     "train data.train_examples=9999": "data.train_examples must be at most 5530 | got 9999",
     f"train {P} data.true_r=0": "data.true_r must be in [1, 128] (data.width); got 0",
     "train model=hf": "model.name must be a hub name or a local folder | Add model.name=",
@@ -259,7 +271,18 @@ def test_help_names_every_command(run: Run) -> None:
     for argv in ([], ["--help"], ["-h"]):
         status, out, _ = run(*argv)
         assert status == 0
-        for name in ("demo", "train", "sweep", "plan", "measure", "pack", "analyze"):
+        for name in (
+            "demo",
+            "train",
+            "sweep",
+            "plan",
+            "measure",
+            "pack",
+            "analyze",
+            "extract",
+            "truncate",
+            "merge",
+        ):
             assert re.search(rf"^\s+{name}\s+\w", out, re.M), name
 
 
@@ -331,7 +354,7 @@ def test_pack_names_the_files_and_their_sizes(store: Path, run: Run) -> None:
         path, size = re.fullmatch(r"(.*) \((\d+\.\d) kB\)", line).groups()  # type: ignore[union-attr]
         assert Path(path).is_file()
         assert float(size) > 0
-    assert len(out.splitlines()) == 5
+    assert len(out.splitlines()) == 6
 
 
 def test_report_says_where_it_is_from_any_folder(store: Path, folder: Path, run: Run) -> None:

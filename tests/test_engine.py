@@ -103,6 +103,20 @@ def test_a_run_starts_from_another_run_which_is_trained_first_and_kept_whole(
     assert started == sorted(started)
 
 
+def test_a_packed_run_without_weights_is_trained_again_only_for_what_starts_from_it(
+    results: Path,
+) -> None:
+    [first] = planned("seed=0")
+    pack(Store(results))
+    shutil.rmtree(Store(results).run(first.run_id).path)
+    then = dataclasses.replace(planned("seed=7")[0], needs=(first,))
+    every = [run for wave in in_order([then]) for run in wave]
+    assert left([first], Store(results)) == []
+    assert [run.run_id for run in left(every, Store(results))] == [first.run_id, then.run_id]
+    done = dataclasses.replace(planned("seed=1")[0], needs=(first,))
+    assert left([first, done], Store(results)) == []
+
+
 def sweep_of(results: Path, runs: list[Planned], *words: str) -> Summary:
     _, there = plan([[*SMALL, "host.workers=2", *words, f"host.results={results}"]])
     output = results.with_name("sweep.txt")

@@ -13,11 +13,13 @@ from lora_lab import hydra_bridge
 from lora_lab.adapters import snapshot
 from lora_lab.batches import TrainingBatches, by_length, epoch_batches
 from lora_lab.config import Host
-from lora_lab.evaluation import evaluate, oracle_grid, oracle_truncation, refit, score, targets_of
+from lora_lab.evaluation import evaluate, oracle_grid, oracle_truncation, refit, targets_of
 from lora_lab.execution import final_updates
 from lora_lab.linalg import Spectrum, decompose, updates_of
+from lora_lab.models import score
+from lora_lab.preparation import Setup, prepare
 from lora_lab.store import Work
-from lora_lab.training import Setup, Trainer, prepare
+from lora_lab.training import Trainer
 
 
 def trained(tmp_path: Path, *overrides: str) -> Setup:

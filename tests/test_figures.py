@@ -19,7 +19,9 @@ from lora_lab.figures import COLOURS, FIGURES, alpha_rules, comparable, r_colour
 from lora_lab.figures.truncation import enough
 from lora_lab.stats import t_interval
 
-NAMES = list(FIGURES)
+NAMES = [name for name in FIGURES if name != "methods"]
+"""Figures of the demo's runs; `methods` needs more adapters than these have."""
+
 DEMO = made_up_tables()
 MANY = made_up_tables(seeds=1, ranks=(1, 2, 4, 8, 16, 32, 64, 128), second_rule=False)
 
@@ -50,14 +52,15 @@ def shown_axes(figure: Figure) -> list[plt.Axes]:
     return [ax for ax in figure.axes if ax.get_visible() and ax.get_label() != "<colorbar>"]
 
 
-def test_the_registry_holds_the_six_figures_in_their_order():
+def test_the_registry_holds_the_figures_in_their_order():
     order = sorted(FIGURES, key=lambda name: FIGURES[name].place)
     assert order == [
-        "score_vs_r", "spectra", "effective_rank", "nulls", "truncation", "gradient_norms"
+        *("score_vs_r", "spectra", "effective_rank", "nulls", "truncation", "gradient_norms"),
+        "methods",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_registered_with_its_words(name: str):
     drawing = FIGURES[name]
     assert drawing.title
@@ -354,3 +357,41 @@ def test_an_r_has_one_colour_in_all_figures():
         lines = [line for ax in shown_axes(drawn(name, DEMO)) for line in ax.lines]
         used = {tuple(np.atleast_1d(line.get_color())) for line in lines}
         assert used - {(COLOURS["full"],)} == set(colours)
+
+
+# ---- methods -------------------------------------------------------------------------------------
+
+
+def many_methods() -> Tables:
+    """The demo's runs, of which those of each r > 1 count as another adapter."""
+    names = {4.0: "stacked", 16.0: "sparse", 64.0: "projected"}
+    adapter = DEMO.runs["adapter.r"].map(names).fillna(DEMO.runs["adapter"])
+    return with_runs(DEMO.runs.assign(adapter=adapter.astype("string")))
+
+
+def test_methods_are_drawn_once_each_with_every_seed_and_from_four_adapters_on():
+    assert FIGURES["methods"](DEMO) is None
+    assert FIGURES["methods"](empty_tables()) is None
+    tables = many_methods()
+    figure = FIGURES["methods"](tables)
+    assert figure is not None
+    axes = shown_axes(figure)
+    names = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert len(names) == len(set(names))
+    assert {name.partition(",")[0] for name in names} == set(tables.runs["adapter"])
+    drawn_scores = [
+        x for line in axes[0].lines if line.get_marker() == "." for x in line.get_xdata()
+    ]
+    assert sorted(drawn_scores) == sorted(tables.runs["score"])
+    means = [float(line.get_xdata()[0]) for line in axes[0].lines if line.get_marker() == "o"]
+    assert means == sorted(means)
+
+
+def test_a_method_without_an_update_has_a_score_and_no_rank():
+    tables = many_methods()
+    figure = FIGURES["methods"](tables)
+    assert figure is not None
+    scores, ranks, _ = shown_axes(figure)
+    names = [label.get_text() for label in scores.get_yticklabels()]
+    drawn_at = {float(line.get_ydata()[0]) for line in ranks.lines if line.get_marker() == "o"}
+    assert drawn_at == set(range(len(names))) - {names.index("head")}

@@ -17,8 +17,9 @@ from lora_lab.config import Host
 from lora_lab.engine import attempt, one_line
 from lora_lab.execution import decomposed, execute
 from lora_lab.hydra_bridge import Planned, plan
+from lora_lab.preparation import prepare
 from lora_lab.store import Store, Work, load
-from lora_lab.training import Trainer, prepare
+from lora_lab.training import Trainer
 
 STEPS = 16
 SHAPE = [
@@ -27,6 +28,16 @@ SHAPE = [
     "train.gradient_spectra=true",
 ]
 METHODS = {"full": ["adapter=full"], "lora": ["adapter=lora", "adapter.dropout=0.1"]}
+SPAN = ["adapter.begin=0.2", "adapter.end=0.7", "adapter.every=2"]
+REMEMBERING = {
+    "sparse": ["adapter=sparse", *SPAN],
+    "dynamic": ["adapter=dynamic", "adapter.threshold=0.4", *SPAN],
+    "adaptive": ["adapter=adaptive", *SPAN],
+    "stacked": ["adapter=stacked", "adapter.order=one_after_another"],
+    "intrinsic": ["adapter=intrinsic", "adapter.d=64"],
+    "projected": ["adapter=projected", "adapter.every=4"],
+}
+"""Methods whose hooks act at some steps, by what they remember of earlier ones."""
 HOST = Host(device="cpu", checkpoint_minutes=0.0)  # a checkpoint after every step
 
 
@@ -48,7 +59,7 @@ def _one_thread() -> None:
 
 
 def planned(method: str) -> Planned:
-    found, _ = plan([[*SHAPE, *METHODS[method]]])
+    found, _ = plan([[*SHAPE, *(METHODS | REMEMBERING)[method]]])
     return found[0]
 
 
@@ -103,6 +114,17 @@ def test_a_run_stopped_at_any_step_ends_bit_for_bit_as_one_that_was_not(
         assert found is not None
         assert found[1]["step"] == stop - 1
     assert_identical(train(method, tmp_path), whole[method])
+
+
+@pytest.mark.parametrize("method", REMEMBERING)
+def test_what_a_method_remembers_of_earlier_steps_is_in_the_checkpoint(
+    method: str, tmp_path: Path
+) -> None:
+    for stop in (4, 6, 9, 13):
+        with pytest.raises(Stopped):
+            train(method, tmp_path / "stopped", stop)
+    stopped = train(method, tmp_path / "stopped")
+    assert_identical(stopped, train(method, tmp_path / "whole"))
 
 
 def test_a_run_stopped_many_times_ends_bit_for_bit_as_one_that_was_not(

@@ -56,7 +56,7 @@ METRICS = {
 }
 PROVENANCE = {"git_commit": "c" * 40, "git_dirty": False, "threads": 1, "torch": "2.13.0"}
 WORK = ("checkpoint", "snapshot")
-NAMES = ("runs", "measures", "traces", "spectra")
+NAMES = ("runs", "measures", "traces", "spectra", "examples")
 
 
 @pytest.fixture
@@ -92,6 +92,7 @@ def train(run: RunDir, score: float = 0.75, diverged: bool = False, **adapter: A
         run.write_table("spectra", pd.DataFrame(spectra, columns=["step", "layer", "i", "sigma"]))
         oracle = [(8, "", "oracle_score", 1.0, "trained_head", score)]
         run.write_table("oracle", pd.DataFrame(oracle, columns=measure_rows("", 0).columns))
+        run.write_table("examples", pd.DataFrame({"i": [0, 1, 2], "value": [1.0, 0.0, score]}))
         run.write_tensors("update", {"a.dW": np.arange(6, dtype=np.float32).reshape(2, 3) + score})
         run.write_tensors("adapter_model", {"a.A": np.ones((2, 3)) * score}, {"format": "pt"})
         run.write_json("adapter_config", {"r": 2, "score": score})
@@ -202,8 +203,8 @@ def assert_ledger_sound(root: Path) -> None:
     clone = root.with_name(f"{root.name} clone")
     shutil.copytree(root / "ledger", clone / "ledger")
     found = tables(clone)
-    sizes = [len(found[name]) for name in ("runs", "measures", "traces", "spectra")]
-    assert sizes in ([0, 0, 0, 0], [1, 7, 6, 9])
+    sizes = [len(found[name]) for name in NAMES]
+    assert sizes in ([0, 0, 0, 0, 0], [1, 7, 6, 9, 3])
 
 
 def test_a_crash_at_any_moment_leaves_no_half_record_and_the_same_command_ends_alike(
@@ -514,6 +515,7 @@ KINDS = {
     "adapter_config.json": lambda run: run.read_json("adapter_config"),
     "traces.parquet": lambda run: run.read_table("traces"),
     "spectra.parquet": lambda run: run.read_table("spectra"),
+    "examples.parquet": lambda run: run.read_table("examples"),
     "oracle.parquet": lambda run: run.read_table("oracle"),
     "update.safetensors": lambda run: run.read_tensors("update"),
     "adapter_model.safetensors": lambda run: run.read_tensors("adapter_model"),
@@ -616,6 +618,7 @@ def test_an_empty_results_folder_gives_empty_tables_with_their_columns(store: St
         ("measures", schema.MEASURES),
         ("traces", schema.TRACES),
         ("spectra", schema.SPECTRA),
+        ("examples", schema.EXAMPLES),
     ):
         assert len(empty[name]) == 0
         assert_typed(empty[name], columns)
@@ -635,6 +638,7 @@ def test_tables_have_the_columns_and_types_of_the_schema(store: Store) -> None:
         ("measures", schema.MEASURES),
         ("traces", schema.TRACES),
         ("spectra", schema.SPECTRA),
+        ("examples", schema.EXAMPLES),
     ):
         assert list(found[name].columns) == list(columns)
         assert_typed(found[name], columns)
@@ -691,7 +695,7 @@ def test_a_run_with_an_unreadable_record_is_interrupted_and_says_which_file(
     assert set(loaded.measures.run_id) == {TWO}
 
 
-@pytest.mark.parametrize("name", ["traces", "spectra", "oracle"])
+@pytest.mark.parametrize("name", ["traces", "spectra", "oracle", "examples"])
 def test_a_corrupt_table_costs_only_its_own_rows_and_is_named(
     two_runs: Path, tmp_path: Path, name: str
 ) -> None:
@@ -807,7 +811,10 @@ def test_a_corrupt_ledger_costs_only_what_it_holds_and_is_never_overwritten(
     pack(store)
     shutil.rmtree(store.root / "runs")
     train(store.run(TWO), r=4)
-    flip(store.root / "ledger" / name, Path(), 0.5)
+    content = (store.root / "ledger" / name).read_bytes()
+    # Of the checksums, that of the runs.
+    at = content.index(b"runs") / len(content) if name == "checksums.json" else 0.5
+    flip(store.root / "ledger" / name, Path(), at)
     before = {p.name: p.read_bytes() for p in (store.root / "ledger").iterdir()}
     loaded = load(store.root)
     with pytest.warns(UserWarning, match="ledger"):

@@ -19,9 +19,11 @@ from lora_lab.config import Host
 from lora_lab.engine import run_here
 from lora_lab.evaluation import evaluate
 from lora_lab.linalg import decompose
+from lora_lab.preparation import Setup, prepare
 from lora_lab.probes import PROBES
+from lora_lab.registry import WrongInput
 from lora_lab.store import RunDir, Store, Work, load
-from lora_lab.training import Diverged, Setup, Trainer, prepare, spectrum_steps
+from lora_lab.training import Diverged, Trainer, spectrum_steps
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,30 @@ def test_parts_inside_the_network_train_where_config_says_so(
             assert not torch.equal(parameter, fresh[name]), name
 
 
+def test_biases_of_the_targets_alone_train_where_config_says_so(
+    ground: dict[str, Path], tmp_path: Path
+) -> None:
+    extra = ["adapter.targets=query", "train.also=target_biases"]
+    setup, _ = trained(ground, tmp_path, *extra, "train.precision=float32")
+    trains = {n for n, p in setup.model.named_parameters() if p.requires_grad}
+    owners = {n.removeprefix("base.").rpartition(".")[0] for n in trains}
+    assert owners == set(setup.adapted)
+    assert {n.rpartition(".")[2] for n in trains} == {"A", "B", "bias"}
+
+
+def test_plain_gradient_descent_takes_the_gradients_step_and_wants_a_rate(
+    ground: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["train.optimizer=sgd", "train.precision=float64", "adapter=full", "train.warmup=0"]
+    with pytest.raises(WrongInput, match=r"train\.lr must be given with train\.optimizer=sgd"):
+        trained(ground, tmp_path, *words)
+    one = ["train.lr=0.5", "train.clip=null", "train.epochs=0.01", "train.schedule=constant"]
+    _, trainer = trained(ground, tmp_path, *words, *one)
+    found = {(trace, layer): v for _, layer, trace, v in trainer.progress.traces}
+    for layer in trainer.setup.adapted:
+        assert found["step_norm", layer] == pytest.approx(0.5 * found["grad_norm", layer], rel=1e-9)
+
+
 def test_by_default_nothing_but_the_update_and_the_classifier_trains(
     ground: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -159,7 +185,7 @@ def test_full_and_lora_record_the_same_traces_before_clipping(
             }
     of_factors = {"grad_norm_A", "grad_norm_B", "balancedness", "tangent_capture"}
     assert names["full"] == names["lora"] - of_factors
-    assert names["lora"] == set(PROBES)
+    assert names["lora"] == set(PROBES) - {"live_r"}  # of methods that change their r
     for method in ("full", "lora"):
         assert first[method, "1e-6"] == first[method, "1e6"]
     # Both start at the base with the same head and batch: they have one implicit gradient.
@@ -252,7 +278,11 @@ def test_the_score_in_the_record_is_that_of_the_trained_model(
     extra = ["adapter.r=2", "train.lr=0.01", "train.precision=float32"]
     setup, _ = trained(ground, tmp_path, *extra)
     run = finished(ground, tmp_path / "results", *extra)
-    assert run.read_json("metrics")["score"] == evaluate(setup.model, setup.splits["test"]).score
+    score = run.read_json("metrics")["score"]
+    assert score == evaluate(setup.model, setup.splits["test"]).score
+    examples = load(tmp_path / "results").examples
+    assert len(examples) == len(setup.splits["test"])
+    assert examples["value"].mean() == pytest.approx(score, rel=1e-12)
 
 
 def test_a_rate_that_is_too_high_is_diverged_at_its_step_with_its_place(

@@ -12,6 +12,9 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -30,30 +33,54 @@ WORDS = [
     "very",
 ]
 
+CAUSAL = [*WORDS, "<|endoftext|>", "Review", "Sentiment", ":", "praise", "blame"]
+"""The words of a causal language model."""
+
 
 def folder(path: Path, kind: str = "bert") -> Path:
-    """A two-block network of width 32 with a tokenizer of a dozen words."""
+    """A two-block network of width 32 (`bert`, `gpt2`, `llama`) with a tokenizer of few words."""
     torch.manual_seed(0)
-    if kind == "bert":
-        config = BertConfig(
-            vocab_size=len(WORDS),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=32,
-        )
-        net = BertModel(config, add_pooling_layer=False)
-    else:
-        config = GPT2Config(vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=4, n_positions=32)
-        net = GPT2Model(config)
-    net.save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    words = CAUSAL if kind == "llama" else WORDS
+    _network(kind, len(words)).save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        eos_token="<|endoftext|>" if kind == "llama" else None,
     ).save_pretrained(path)
     return path
+
+
+def _network(kind: str, words: int) -> PreTrainedModel:
+    if kind == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=words,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=64,
+                max_position_embeddings=64,
+                initializer_range=0.3,
+                tie_word_embeddings=True,
+            )
+        )
+    if kind == "gpt2":
+        return GPT2Model(
+            GPT2Config(vocab_size=words, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+        )
+    config = BertConfig(
+        vocab_size=words,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    return BertModel(config, add_pooling_layer=False)
 
 
 def reviews(path: Path, rows: int = 120) -> Path:

@@ -14,8 +14,9 @@ import torch
 
 from lora_lab.config import Host
 from lora_lab.hydra_bridge import plan
+from lora_lab.preparation import prepare
 from lora_lab.store import Work
-from lora_lab.training import Trainer, prepare
+from lora_lab.training import Trainer
 
 ROUNDS = 9
 BARE = ["train.trace_every=1000000", "train.spectra=0"]

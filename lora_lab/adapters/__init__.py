@@ -7,22 +7,63 @@ carries everything that differs between methods: the forward pass, the exact upd
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora_lab.config import AdapterConfig
 from lora_lab.probes import parts_norm
-from lora_lab.registry import Registry
+from lora_lab.registry import Registry, WrongInput
 
 Shapes = Mapping[str, tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class Place:
+    """One layer that a method is to change, and what is known of it.
+
+    Attributes
+    ----------
+    layer : str
+        Its name in the base network.
+    linear : nn.Module
+        The layer itself: nn.Linear, or Conv1D, which stores its weight transposed.
+    generator : torch.Generator
+        A stream of the layer's own, the same whichever other layers change.
+    material : mapping of str to Any
+        What the method `needs`: `gradient`, the mean gradient of the loss at the base weight, and
+        `activations`, E[x xᵀ] of the layer's inputs, both float64 Tensors from the first batches;
+        `reference`, the update of the run that `adapter.reference` names, absent for layers that
+        it did not change.
+    """
+
+    layer: str
+    linear: nn.Module
+    generator: torch.Generator
+    material: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def W0(self) -> torch.Tensor:
+        """The base weight (out, in), detached, in its own dtype."""
+        weight = self.linear.weight.detach()
+        return weight if isinstance(self.linear, nn.Linear) else weight.T.contiguous()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.W0.shape[0], self.W0.shape[1])
+
+
 class Adapted(nn.Module, ABC):
     """A linear layer y = x (W0 + dW)ᵀ + bias with frozen W0 and a trainable dW.
+
+    Whatever else a method must remember from step to step is a persistent buffer: checkpoints
+    hold parameters and persistent buffers. Parameters are contiguous, as what they hold comes back.
 
     Attributes
     ----------
@@ -30,23 +71,26 @@ class Adapted(nn.Module, ABC):
         The base weight, frozen.
     watched : bool
         While true, backward passes collect the gradient of the implicit weight W0 + dW.
+    merged : Tensor, (out, in), or None
+        W0 + dW after `merge`, with which the layer then computes.
+    computes : tuple of str
+        Frozen buffers that the forward pass uses, and that are kept in the compute dtype.
+    rates : mapping of str to float
+        Learning rates of single parameters as multiples of the run's; 1 where nothing is said.
     """
-
-    W0_computes: ClassVar[bool] = True
-    """Whether the forward pass uses W0, so that it is kept in the compute dtype."""
 
     W0: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
-        weight = linear.weight.detach()
-        # GPT-2's Conv1D stores (in, out).
-        weight = weight if isinstance(linear, nn.Linear) else weight.T.contiguous()
-        self.register_buffer("W0", weight, persistent=False)
+        self.register_buffer("W0", place.W0, persistent=False)
         # The layer's own bias parameter, so that `train.also=biases` trains it here too.
-        self.bias = linear.bias
+        self.bias = place.linear.bias
         self.watched = False
+        self.merged: torch.Tensor | None = None
+        self.computes: tuple[str, ...] = ("W0",)
+        self.rates: Mapping[str, float] = {}
         self._gradient: torch.Tensor | None = None
 
     @property
@@ -55,11 +99,25 @@ class Adapted(nn.Module, ABC):
         return (self.W0.shape[0], self.W0.shape[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged is not None:
+            return linear(x, self.merged, self.bias)
         y = self.adapted(x)
         if self.watched and y.requires_grad:
             seen = x.detach()
             y.register_hook(lambda D: self._watch(seen, D))
         return y
+
+    def merge(self) -> None:
+        """Compute with W0 + dW from now on, added in float64; merging twice adds once.
+
+        W0 stays as it is, so that `unmerge` restores the layer exactly.
+        """
+        dW = parts_dense(self.tensors()).to(self.W0.device)
+        self.merged = (self.W0.double() + dW).to(self.W0.dtype)
+
+    def unmerge(self) -> None:
+        """Compute with W0 and the update apart again; bitwise the layer before `merge`."""
+        self.merged = None
 
     def _watch(self, x: torch.Tensor, D: torch.Tensor) -> None:
         """Add DᵀX: the gradient of the implicit weight, in the dtype in which autograd would."""
@@ -104,30 +162,69 @@ class Adapted(nn.Module, ABC):
         return parts_norm(self.tensors())
 
     @property
+    def live_r(self) -> int | None:
+        """Directions that the update has now; None for methods in which that does not change."""
+        return None
+
+    @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(A, B) as parameters, None where the method has none."""
         return None
 
 
-class Method(Protocol):
-    """What every registered adapter config can do."""
+class Method(AdapterConfig, ABC):
+    """Base of every `adapters/NAME.py` config, a frozen dataclass."""
 
-    rate: float
+    @property
+    def needs(self) -> frozenset[str]:
+        """What of `Place.material` the method's start is made from."""
+        return frozenset()
 
+    @abstractmethod
     def layers(self, shapes: Shapes) -> list[str]:
         """Layers that change; raises WrongInput for targets or ranges that do not fit."""
 
-    def adapt(self, linear: nn.Module, layer: str, generator: torch.Generator) -> Adapted:
-        """The layer's replacement, drawn from the generator."""
+    @abstractmethod
+    def adapt(self, place: Place) -> Adapted:
+        """The layer's replacement."""
 
+    def adapt_all(self, places: Iterable[Place]) -> dict[str, Adapted]:
+        """All replacements by layer; layers of most methods know nothing of each other."""
+        return {place.layer: self.adapt(place) for place in places}
+
+    @abstractmethod
     def parameters(self, shapes: Shapes) -> int:
         """Trainable parameters of the update, by formula."""
 
-    def peft_config(self, shapes: Shapes) -> dict[str, Any] | None:
-        """Content of PEFT's adapter_config.json for shapes of the changed layers; None: dense."""
+    @abstractmethod
+    def flops(self, shapes: Shapes) -> int:
+        """Floating-point operations that the update adds to one token's forward pass through the
+        target layers, by formula; a multiply-add is two. After merging there are none."""
+
+    def before_step(self, adapted: Mapping[str, Adapted], step: int, steps: int) -> None:
+        """Called with the gradients of step 1 … `steps`, before they are clipped and used."""
+
+    def after_step(
+        self,
+        adapted: Mapping[str, Adapted],
+        step: int,
+        steps: int,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Called after the optimizer's step; what it remembers of a parameter may be changed."""
 
 
 ADAPTERS: Registry[type[Any]] = Registry(__name__, "adapter")
+
+
+def need_fits(key: str, r: int, layer: str, shape: tuple[int, int]) -> None:
+    """Refuse a rank, the value of `adapter.<key>`, above the smaller side of a layer."""
+    out, inner = shape
+    if r > min(out, inner):
+        raise WrongInput(
+            f"{key} must be in [1, {min(out, inner)}] for layer {layer!r} ({out}×{inner}); got "
+            f"{r}. Lower adapter.{key} or leave this layer out of adapter.targets."
+        )
 
 
 def layer_seed(seed: int, layer: str) -> int:
@@ -138,7 +235,13 @@ def layer_seed(seed: int, layer: str) -> int:
     return int(np.random.SeedSequence([seed, *words.tolist()]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def attach(base: nn.Module, method: Method, shapes: Shapes, seed: int) -> dict[str, Adapted]:
+def attach(
+    base: nn.Module,
+    method: Method,
+    shapes: Shapes,
+    seed: int,
+    material: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Adapted]:
     """Replace the target layers of a network in place.
 
     Parameters
@@ -151,6 +254,8 @@ def attach(base: nn.Module, method: Method, shapes: Shapes, seed: int) -> dict[s
         (out, in) of all its linear layers.
     seed : int
         Seed of the initial factors.
+    material : mapping of str to mapping
+        `Place.material` by layer.
 
     Returns
     -------
@@ -158,13 +263,19 @@ def attach(base: nn.Module, method: Method, shapes: Shapes, seed: int) -> dict[s
         The new layers by name, in the model's order.
     """
     base.requires_grad_(False)
-    adapted: dict[str, Adapted] = {}
-    for layer in method.layers(shapes):
+    places = [
+        Place(
+            layer,
+            base.get_submodule(layer),
+            torch.Generator().manual_seed(layer_seed(seed, layer)),
+            (material or {}).get(layer, {}),
+        )
+        for layer in method.layers(shapes)
+    ]
+    adapted = method.adapt_all(places)
+    for layer, module in adapted.items():
         parent, _, name = layer.rpartition(".")
-        owner = base.get_submodule(parent)
-        generator = torch.Generator().manual_seed(layer_seed(seed, layer))
-        adapted[layer] = method.adapt(getattr(owner, name), layer, generator)
-        setattr(owner, name, adapted[layer])
+        setattr(base.get_submodule(parent), name, module)
     return adapted
 
 
@@ -183,10 +294,36 @@ def compute_in(base: nn.Module, dtype: torch.dtype) -> None:
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-        if getattr(module, "W0_computes", True):
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_floating_point():
-                    setattr(module, name, buffer.to(dtype))
+        computes = getattr(module, "computes", None)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and (computes is None or name in computes):
+                setattr(module, name, buffer.to(dtype))
+
+
+def parts_dense(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """dW of what `Adapted.tensors` gives, as a float64 matrix (out, in)."""
+    if "dW" in parts:
+        return parts["dW"].double()
+    return parts["scale"].double() * (parts["B"].double() @ parts["A"].double())
+
+
+def computed(x: torch.Tensor) -> torch.Tensor:
+    """The input in the dtype of products: autocast does not look inside custom functions."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def linear_sum(
+    x: torch.Tensor, W0: torch.Tensor, dW: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x (W0 + dW)ᵀ + bias with a dense dW that may have a gradient."""
+    x = computed(x)
+    if x.dtype == dW.dtype:
+        return linear(x, W0 + dW, bias)
+    # The sum in a narrow dtype would lose most of a small dW.
+    return linear(x, W0, bias) + linear(x, dW, None)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

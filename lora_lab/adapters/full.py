@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from lora_lab.adapters import ADAPTERS, Adapted, Shapes, linear
-from lora_lab.config import AdapterConfig
+from lora_lab.adapters import ADAPTERS, Adapted, Method, Place, Shapes, linear
 from lora_lab.targets import select
 
 
 class FullLayer(Adapted):
     """W is trained in float32 (or wider) and cast to the compute dtype in the forward pass."""
 
-    W0_computes = False
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer)
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.computes = ()
         self.W = nn.Parameter(self.W0.clone())
 
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
@@ -27,7 +24,7 @@ class FullLayer(Adapted):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # W's own gradient is the implicit one: nothing has to be watched.
-        return self.adapted(x)
+        return self.adapted(x) if self.merged is None else linear(x, self.merged, self.bias)
 
     def implicit_gradient(self) -> torch.Tensor | None:
         return self.W.grad
@@ -39,7 +36,7 @@ class FullLayer(Adapted):
 
 @ADAPTERS.register
 @dataclass(frozen=True)
-class Full(AdapterConfig):
+class Full(Method):
     """All entries of the target layers' weights.
 
     Attributes
@@ -53,11 +50,11 @@ class Full(AdapterConfig):
     def layers(self, shapes: Shapes) -> list[str]:
         return select(self.targets, shapes)
 
-    def adapt(self, linear: nn.Module, layer: str, generator: torch.Generator) -> Adapted:
-        return FullLayer(linear)
+    def adapt(self, place: Place) -> Adapted:
+        return FullLayer(place)
 
     def parameters(self, shapes: Shapes) -> int:
         return sum(shapes[layer][0] * shapes[layer][1] for layer in self.layers(shapes))
 
-    def peft_config(self, shapes: Shapes) -> dict[str, Any] | None:
-        return None
+    def flops(self, shapes: Shapes) -> int:
+        return 0

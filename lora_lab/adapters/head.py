@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import nn
-
-from lora_lab.adapters import ADAPTERS, Adapted, Shapes
-from lora_lab.config import AdapterConfig
+from lora_lab.adapters import ADAPTERS, Adapted, Method, Place, Shapes
 
 
 @ADAPTERS.register
 @dataclass(frozen=True)
-class Head(AdapterConfig):
+class Head(Method):
     """Nothing but `train.also` trains; dW = 0 everywhere."""
 
     rate: ClassVar[float] = 100.0
@@ -22,11 +18,11 @@ class Head(AdapterConfig):
     def layers(self, shapes: Shapes) -> list[str]:
         return []
 
-    def adapt(self, linear: nn.Module, layer: str, generator: torch.Generator) -> Adapted:
+    def adapt(self, place: Place) -> Adapted:
         raise AssertionError("the head method has no layers to adapt")
 
     def parameters(self, shapes: Shapes) -> int:
         return 0
 
-    def peft_config(self, shapes: Shapes) -> dict[str, Any] | None:
-        return None
+    def flops(self, shapes: Shapes) -> int:
+        return 0

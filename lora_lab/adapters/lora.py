@@ -1,45 +1,34 @@
 """LoRA: dW = s·B·A with B (out, r) and A (r, in).
 
-Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA: Kalajdzievski 2023,
-https://arxiv.org/abs/2312.03732.
+Hu et al. 2021, https://arxiv.org/abs/2106.09685; B with a rate of its own (LoRA+): Hayou et al.
+2024, https://arxiv.org/abs/2402.12354; frozen A (LoRA-FA): Zhang et al. 2023,
+https://arxiv.org/abs/2308.03303.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab.adapters import ADAPTERS, Adapted, Shapes, linear
-from lora_lab.config import AdapterConfig, need, need_positive
+from lora_lab.adapters import (
+    ADAPTERS,
+    Adapted,
+    Method,
+    Place,
+    Shapes,
+    computed,
+    linear,
+    need_fits,
+)
+from lora_lab.config import need, need_positive
 from lora_lab.inits import INITS
-from lora_lab.registry import WrongInput
+from lora_lab.scalings import SCALINGS
 from lora_lab.targets import by_pattern, select
-
-
-class Scaling(Enum):
-    """s as a function of α and r."""
-
-    alpha_over_r = "alpha_over_r"
-    rslora = "rslora"
-    constant = "constant"
-
-    def scale(self, alpha: float, r: int) -> float:
-        """The factor s of dW = s·B·A.
-
-        >>> Scaling.alpha_over_r.scale(16, 4), Scaling.rslora.scale(16, 4)
-        (4.0, 8.0)
-        >>> Scaling.constant.scale(16, 4)
-        16.0
-        """
-        divisor = {"alpha_over_r": float(r), "rslora": math.sqrt(r), "constant": 1.0}[self.name]
-        return float(alpha) / divisor
 
 
 class _Product(torch.autograd.Function):
@@ -80,42 +69,102 @@ class _Product(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_A, grad_B, None
 
 
-class LoRALayer(Adapted):
-    """A frozen layer with a low-rank update; A and B in float32 (or wider)."""
+def low_rank(
+    x: torch.Tensor,
+    frozen: torch.Tensor,
+    bias: torch.Tensor | None,
+    update: tuple[torch.Tensor, torch.Tensor, float],
+) -> torch.Tensor:
+    """x (frozen + s·B·A)ᵀ + bias in four products forward and backward; `update` is (A, B, s)."""
+    y: torch.Tensor = _Product.apply(computed(x), frozen, bias, *update)
+    return y
 
-    def __init__(
-        self, layer: nn.Module, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float
-    ) -> None:
-        super().__init__(layer)
-        self.A = nn.Parameter(A.to(self.wide))
-        self.B = nn.Parameter(B.to(self.wide))
-        self.scale, self.dropout = scale, dropout
+
+class LoRALayer(Adapted):
+    """A frozen layer with a low-rank update; A, B and a learned s in float32 (or wider).
+
+    Parameters
+    ----------
+    place : Place
+    A, B : Tensor, (r, in) and (out, r)
+        How the factors start.
+    config : LoRA
+        Its scaling, dropout, rates, and init, which says whether the start is taken from the
+        frozen weight.
+    """
+
+    def __init__(self, place: Place, A: torch.Tensor, B: torch.Tensor, config: LoRA) -> None:
+        super().__init__(place)
+        # An SVD gives columns: fused optimizers go wrong where moments have other strides.
+        A, B = A.to(self.wide).contiguous(), B.to(self.wide).contiguous()
+        scale = config.scale_of(place.layer)
+        self.scale: float | nn.Parameter = scale
+        if SCALINGS[config.scaling].trains:
+            self.scale = nn.Parameter(torch.tensor(scale, dtype=self.wide))
+        self.dropout = config.dropout
+        self.subtracted = INITS[config.init].start == "subtracted"
+        if self.subtracted:
+            residual = self.W0.double() - scale * (B.double() @ A.double())
+            self.register_buffer("residual", residual.to(self.W0.dtype), persistent=False)
+            self.computes = ("residual",)
+        if config.freeze_a:
+            self.register_buffer("A", A)
+        else:
+            self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        if self.subtracted:
+            # Bitwise what `tensors` gives at first, so that dW starts at exactly 0.
+            A0, B0, _ = self.scaled()
+            self.register_buffer("A0", A0.detach().clone(), persistent=False)
+            self.register_buffer("B0", B0.detach().clone(), persistent=False)
+        if config.lr_ratio != 1:
+            self.rates = {"B": config.lr_ratio}
+
+    def scaled(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A, B and a constant s whose product s·B·A is added to the frozen weight."""
+        if isinstance(self.scale, float):
+            return self.A, self.B, self.scale
+        return self.A, self.scale * self.B, 1.0
 
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            # Autocast does not look inside a custom function.
-            x = x.to(torch.get_autocast_dtype(device))
+        x = computed(x)
+        A, B, scale = self.scaled()
+        frozen = self.residual if self.subtracted else self.W0
         if not self.dropout:
-            y: torch.Tensor = _Product.apply(x, self.W0, self.bias, self.A, self.B, self.scale)
-            return y
+            return low_rank(x, frozen, self.bias, (A, B, scale))
         seen = F.dropout(x, self.dropout, self.training)
-        return linear(x, self.W0, self.bias) + linear(
-            linear(seen, self.A, None), self.scale * self.B, None
-        )
+        return linear(x, frozen, self.bias) + linear(linear(seen, A, None), scale * B, None)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        scale = torch.tensor(self.scale, dtype=torch.float64)
-        return {"A": self.A.detach(), "B": self.B.detach(), "scale": scale}
+        A, B, scale = self.scaled()
+        parts = {
+            "A": A.detach(),
+            "B": B.detach(),
+            "scale": torch.tensor(scale, dtype=torch.float64),
+        }
+        if not self.subtracted:
+            return parts
+        # s(BA - B0 A0) = s [B, -B0] [A; A0]
+        return parts | {
+            "A": torch.cat([parts["A"], self.A0]),
+            "B": torch.cat([parts["B"], -self.B0], dim=1),
+        }
 
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.A, self.B
 
 
+def need_drawn(init: str, method: str) -> None:
+    """Refuse inits that are no new random draw each time, or that do not start at the base."""
+    drawn = [name for name, known in INITS.items() if not known.needs and known.start == "base"]
+    allowed = f"one of {', '.join(drawn)} with adapter={method}"
+    need(init in drawn, "adapter.init", allowed, repr(init))
+
+
 @ADAPTERS.register
 @dataclass(frozen=True)
-class LoRA(AdapterConfig):
+class LoRA(Method):
     """Low-rank adaptation.
 
     Attributes
@@ -124,26 +173,36 @@ class LoRA(AdapterConfig):
         Configured rank, in [1, min(out, in)] of every target layer.
     alpha : float or None
         α of the scaling rule; None: 2·r.
-    scaling : Scaling
-        s = α/r, α/√r (rsLoRA) or α (constant).
+    scaling : str
+        How s follows from α and r: a file of lora_lab/scalings.
     init : str
         How A and B start: a file of lora_lab/inits.
+    reference : str
+        For init=reference: run_id (or an override line, which becomes one) of a finished run whose
+        update the factors start from.
     targets : str
         Layers that change, see lora_lab.targets.
     dropout : float
         Dropout of the input of A, in [0, 1).
     r_pattern, alpha_pattern : dict
         r and α of layers by name pattern (PEFT's matching, first match wins).
+    lr_ratio : float
+        Learning rate of B over that of A (LoRA+).
+    freeze_a : bool
+        Only B trains (LoRA-FA).
     """
 
     r: int = 8
     alpha: float | None = None
-    scaling: Scaling = Scaling.alpha_over_r
+    scaling: str = "alpha_over_r"
     init: str = "kaiming"
+    reference: str = ""
     targets: str = "all"
     dropout: float = 0.0
     r_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    lr_ratio: float = 1.0
+    freeze_a: bool = False
 
     rate: ClassVar[float] = 5.0
 
@@ -156,7 +215,25 @@ class LoRA(AdapterConfig):
             need(r >= 1, f"adapter.r_pattern[{pattern!r}]", "at least 1", r)
         for pattern, alpha in self.alpha_pattern.items():
             need_positive(f"adapter.alpha_pattern[{pattern!r}]", alpha)
+        need_positive("adapter.lr_ratio", self.lr_ratio)
+        SCALINGS.require(self.scaling)
         INITS.require(self.init)
+        need(
+            not (self.freeze_a and self.init == "zero_a"),
+            "adapter.init",
+            "one with A ≠ 0 where adapter.freeze_a=true",
+            repr(self.init),
+        )
+        need(
+            bool(self.reference) == (self.init == "reference"),
+            "adapter.reference",
+            "a run where adapter.init=reference, and empty elsewhere",
+            repr(self.reference),
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(INITS[self.init].needs) - {"W0", "scale"}
 
     def resolved(self) -> LoRA:
         """The same with α filled in, so that α = 2r written out is the same run."""
@@ -170,50 +247,30 @@ class LoRA(AdapterConfig):
         """s of one layer."""
         alpha = 2.0 * self.r if self.alpha is None else self.alpha
         alpha = by_pattern(layer, self.alpha_pattern, alpha)
-        return self.scaling.scale(alpha, self.rank_of(layer))
+        return SCALINGS[self.scaling].scale(alpha, self.rank_of(layer))
 
     def layers(self, shapes: Shapes) -> list[str]:
         chosen = select(self.targets, shapes)
         for layer in chosen:
-            out, inner = shapes[layer]
-            if self.rank_of(layer) > min(out, inner):
-                raise WrongInput(
-                    f"r must be in [1, {min(out, inner)}] for layer {layer!r} ({out}×{inner}); got "
-                    f"{self.rank_of(layer)}. Lower adapter.r or leave this layer out of "
-                    "adapter.targets."
-                )
+            need_fits("r", self.rank_of(layer), layer, shapes[layer])
         return chosen
 
-    def adapt(self, linear: nn.Module, layer: str, generator: torch.Generator) -> Adapted:
-        out, inner = linear.weight.shape
-        if not isinstance(linear, nn.Linear):
-            out, inner = inner, out
-        A, B = INITS[self.init](out, inner, self.rank_of(layer), generator)
-        return LoRALayer(linear, A, B, self.scale_of(layer), self.dropout)
+    def start_of(self, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+        """How A and B of one layer start."""
+        given = {"W0": place.W0, "scale": self.scale_of(place.layer), **place.material}
+        init = INITS[self.init]
+        return init(*place.shape, self.rank_of(place.layer), place.generator, **given)
+
+    def adapt(self, place: Place) -> Adapted:
+        return LoRALayer(place, *self.start_of(place), self)
 
     def parameters(self, shapes: Shapes) -> int:
-        return sum(self.rank_of(layer) * sum(shapes[layer]) for layer in self.layers(shapes))
-
-    def peft_config(self, shapes: Shapes) -> dict[str, Any] | None:
         layers = self.layers(shapes)
-        ranks = {layer: self.rank_of(layer) for layer in layers}
-        rslora = self.scaling is Scaling.rslora
-        # PEFT knows α/r and α/√r only: the α that gives our s.
-        alphas = {
-            layer: self.scale_of(layer) * (math.sqrt(r) if rslora else r)
-            for layer, r in ranks.items()
-        }
-        first = layers[0]
-        return {
-            "peft_type": "LORA",
-            "task_type": None,
-            "r": ranks[first],
-            "lora_alpha": alphas[first],
-            "use_rslora": rslora,
-            "rank_pattern": {n: r for n, r in ranks.items() if r != ranks[first]},
-            "alpha_pattern": {n: a for n, a in alphas.items() if a != alphas[first]},
-            "target_modules": layers,
-            "lora_dropout": self.dropout,
-            "bias": "none",
-            "inference_mode": True,
-        }
+        sides = [(0, shapes[n][0]) if self.freeze_a else shapes[n] for n in layers]
+        scales = len(layers) * SCALINGS[self.scaling].trains
+        return scales + sum(
+            self.rank_of(layer) * sum(side) for layer, side in zip(layers, sides, strict=True)
+        )
+
+    def flops(self, shapes: Shapes) -> int:
+        return sum(2 * self.rank_of(layer) * sum(shapes[layer]) for layer in self.layers(shapes))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_lab.checkpoints.job import Job, Pair
 from lora_lab.checkpoints.names import Matrices, layer_of, same_shape, to_base
-from lora_lab.checkpoints.peft_config import AdapterConfig, adapter_config
+from lora_lab.checkpoints.peft_config import MERGE, AdapterConfig, adapter_config
 from lora_lab.registry import WrongInput
 from lora_lab.tensorfile import FLOATS, StoredTensor, flat, holds_no, matrices, some, tensors_of
 
@@ -31,6 +31,59 @@ PARTS = (
 """What else a module may have, and the ends of its name."""
 
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The two files of an adapter."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder holds.
+
+    Attributes
+    ----------
+    config : AdapterConfig
+    pairs : dict of str to Pair
+        Factors by the name of their weight.
+    whole : dict of str to StoredTensor
+        Tensors that were saved whole, by PEFT's name for them, of any shape.
+    """
+
+    config: AdapterConfig
+    pairs: dict[str, Pair]
+    whole: dict[str, StoredTensor]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The content of an adapter's folder, checked but not loaded.
+
+    Raises
+    ------
+    WrongInput
+        As `checkpoints.updates`.
+    """
+    config_file, file = folder / CONFIG, folder / WEIGHTS
+    if not config_file.is_file():
+        raise holds_no(folder, f"{CONFIG} (is it a PEFT adapter?)")
+    config = adapter_config(config_file)
+    if not file.is_file():
+        raise holds_no(folder, WEIGHTS)
+    return Adapter(config, *_pairs(file, config))
+
+
+def read_whole_adapter(folder: Path) -> Adapter:
+    """As `read_adapter`, for those who must not lose anything of an adapter.
+
+    Raises
+    ------
+    WrongInput
+        Also where the adapter changes the model beside its factors and the tensors saved whole.
+    """
+    held = read_adapter(folder)
+    if held.config.beside:
+        raise WrongInput(f"{folder}: {', '.join(held.config.beside)} cannot be kept. {MERGE}")
+    return held
+
+
 def adapter_jobs(base: Matrices | None, folder: Path) -> tuple[list[Job], list[str]]:
     """A job for each module of an adapter and each weight that it saved whole, and notes.
 
@@ -39,19 +92,14 @@ def adapter_jobs(base: Matrices | None, folder: Path) -> tuple[list[Job], list[s
     WrongInput
         As `checkpoints.updates`.
     """
-    config_file, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config_file.is_file():
-        raise holds_no(folder, "adapter_config.json (is it a PEFT adapter?)")
-    config = adapter_config(config_file)
-    if not file.is_file():
-        raise holds_no(folder, "adapter_model.safetensors")
+    held = read_adapter(folder)
+    config, pairs, extra = held.config, held.pairs, matrices(held.whole)
     if base is None and (config.dora or config.start):
         what = "DoRA" if config.dora else f"init_lora_weights {config.start!r}"
         raise WrongInput(
             f"{folder}: with {what} dW depends on the base weight. Give the original base model"
             " (not the one that the start has changed) as base."
         )
-    pairs, extra = _pairs(file, config)
     ours = to_base([*pairs, *extra], base or ())
     if base is not None and not set(pairs) & set(ours):
         raise WrongInput(
@@ -65,7 +113,7 @@ def adapter_jobs(base: Matrices | None, folder: Path) -> tuple[list[Job], list[s
         if W0 is None and pair.needs_base:
             left.append(layer)
             continue
-        jobs.append(Job(layer, W0, _turned(layer, pair, W0)))
+        jobs.append(Job(layer, W0, oriented(layer, pair, W0)))
         if base is not None and W0 is None:
             alone.append(layer)
     for name, tensor in extra.items():
@@ -81,7 +129,7 @@ def adapter_jobs(base: Matrices | None, folder: Path) -> tuple[list[Job], list[s
 
 
 def _pairs(file: Path, config: AdapterConfig) -> tuple[dict[str, Pair], Matrices]:
-    """The factors of each module by the name of its weight, and the weights saved whole."""
+    """The factors of each module by the name of its weight, and the tensors saved whole."""
     rest = {n.removeprefix(PREFIX): t for n, t in tensors_of(file).items()}
     pairs = {}
     for name in list(rest):
@@ -105,7 +153,7 @@ def _pairs(file: Path, config: AdapterConfig) -> tuple[dict[str, Pair], Matrices
     tails = (*ENDS.values(), *(tail for _, tail in PARTS))
     if strange := sorted(name for name in rest if name.endswith(tails)):
         raise WrongInput(f"{file}: {some(strange)} without its lora_A. Save the adapter again.")
-    return pairs, matrices(rest)
+    return pairs, rest
 
 
 def _pair(
@@ -140,7 +188,7 @@ def _pair(
     return Pair(A, B, scale, config.turned and linear, E, magnitude, start)
 
 
-def _turned(layer: str, pair: Pair, W0: StoredTensor | None) -> Pair:
+def oriented(layer: str, pair: Pair, W0: StoredTensor | None) -> Pair:
     """The pair in the orientation of the base's weight.
 
     PEFT saves one flag (`fan_in_fan_out`) for all modules, which is wrong where a model mixes

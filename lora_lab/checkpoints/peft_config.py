@@ -22,6 +22,9 @@ CHANGES_UPDATE = (
 )  # fmt: skip
 """Keys of adapter_config.json that make dW another thing than scale B A of one weight."""
 
+BESIDE = ("lora_bias", "trainable_token_indices")
+"""Keys that say that the adapter changes the model beside dW of its factors and whole tensors."""
+
 HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -51,6 +54,8 @@ class AdapterConfig:
         The method; `turned` is `fan_in_fan_out`.
     start : str or None
         Name in `STARTS` if the start changed the base weight.
+    beside : list of str
+        Keys of `BESIDE` that are set.
     notes : list of str
         What the user should know of it.
     of : callable
@@ -61,6 +66,7 @@ class AdapterConfig:
     dora: bool
     turned: bool
     start: str | None
+    beside: list[str]
     notes: list[str]
     of: Callable[[str], tuple[float, float]]
 
@@ -99,6 +105,7 @@ def adapter_config(path: Path) -> AdapterConfig:
         bool(config.get("use_dora")),
         bool(config.get("fan_in_fan_out")),
         None if adalora else _start(path, config.get("init_lora_weights", True)),
+        [key for key in BESIDE if config.get(key)],
         notes,
         _adalora(path, config) if adalora else _lora(path, config),
     )

@@ -66,7 +66,7 @@ def copies(tensors: Matrices) -> dict[str, str]:
             sample = _middle(tensor)
             if sample == sample[: tensor.width] * (len(sample) // tensor.width):
                 continue
-            same = (other for other in firsts[sample] if _equal(tensors[other], tensor))
+            same = (other for other in firsts[sample] if equal(tensors[other], tensor))
             if (first := next(same, None)) is None:
                 firsts[sample].append(name)
             else:
@@ -81,5 +81,6 @@ def _middle(tensor: StoredTensor) -> bytes:
     return next(part.blocks(SAMPLE), b"")
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+def equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bytes."""
     return all(a == b for a, b in zip(one.blocks(BLOCK), other.blocks(BLOCK), strict=True))

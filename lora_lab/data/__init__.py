@@ -30,7 +30,7 @@ class Problem:
     Attributes
     ----------
     kind : str
-        ``"text"`` (classification) or ``"regression"``.
+        That of the config, see `DataConfig.kind`.
     inputs : mapping
         Per split (`SPLITS`): list of str, or float32 array (examples, input width).
     targets : mapping

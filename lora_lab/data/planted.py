@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,8 @@ class PlantedData(DataSet):
         Width of the layers, at least 64.
     """
 
+    kind: ClassVar[str] = "regression"
+
     train_examples: int | None = 2048
     validation_examples: int | None = 256
     test_examples: int | None = 1024
@@ -93,7 +95,7 @@ class PlantedData(DataSet):
             inputs[split], targets[split] = self._examples(split, teachers)
             digest.update(inputs[split].astype("<f4").tobytes())
             digest.update(targets[split].astype("<f4").tobytes())
-        return Problem("regression", inputs, targets, (), digest.hexdigest(), "planted")
+        return Problem(self.kind, inputs, targets, (), digest.hexdigest(), "planted")
 
     def teacher(self, layer: str) -> Teacher:
         """W0 and the factors of dW* of one layer.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lora_lab.inits import INITS
+from lora_lab.inits import define
 
 
-@INITS.register
+@define()
 def kaiming(
     out: int, inner: int, r: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:

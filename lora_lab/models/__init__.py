@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_lab.config import DataConfig
+from lora_lab.config import DataConfig, choice
 from lora_lab.data import Problem
 from lora_lab.registry import Registry, WrongInput
 
@@ -45,6 +45,54 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean loss over the batch, a scalar."""
+
+    def score(self, output: np.ndarray, targets: np.ndarray) -> float:
+        """What a run is judged by, higher is better: `score` unless the model says otherwise."""
+        return score(output, targets)
+
+    def contributions(self, output: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """What each example adds to it, (examples,): for paired comparisons of runs."""
+        return contributions(output, targets)
+
+
+def score(output: np.ndarray, targets: np.ndarray) -> float:
+    """Accuracy of logits for integer targets, else R² over all outputs together.
+
+    Parameters
+    ----------
+    output : ndarray, (examples, outputs)
+    targets : ndarray, (examples,) of int, or (examples, outputs) of float
+
+    Returns
+    -------
+    float
+        Accuracy in [0, 1], or R² = 1 - Σ(y - ŷ)²/Σ(y - mean y)² in (-inf, 1].
+
+    >>> score(np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([1, 1]))
+    0.5
+    >>> score(np.array([[1.0], [3.0]]), np.array([[1.0], [3.0]]))
+    1.0
+    """
+    if targets.ndim == 1:
+        return float((output.argmax(1) == targets).mean())
+    wide = targets.astype(np.float64)
+    residual = ((wide - output) ** 2).sum()
+    return float(1 - residual / ((wide - wide.mean(0)) ** 2).sum())
+
+
+def contributions(output: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """What each example adds to `score`, which is their mean, (examples,) float64.
+
+    >>> contributions(np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([1, 1])).tolist()
+    [1.0, 0.0]
+    >>> contributions(np.array([[1.0], [2.0], [3.0]]), np.array([[1.0], [2.0], [6.0]])).round(3)
+    array([ 1.   ,  1.   , -0.929])
+    """
+    if targets.ndim == 1:
+        return (output.argmax(1) == targets).astype(np.float64)
+    wide = targets.astype(np.float64)
+    residuals = ((wide - output) ** 2).sum(1)
+    return np.asarray(1 - len(wide) * residuals / ((wide - wide.mean(0)) ** 2).sum())
 
 
 class Examples(Protocol):
@@ -84,10 +132,18 @@ class Buildable(Protocol):
 MODELS: Registry[type[Any]] = Registry(__name__, "model")
 
 
-def wrong_kind(name: str, kind: str, data: str) -> WrongInput:
-    """The error for a problem that a model cannot read."""
-    partner = "Add data=planted" if kind == "regression" else "Use model=planted"
-    return WrongInput(f"model={name} solves {kind} problems; the data holds {data}. {partner}.")
+PARTNERS = {"regression": ("planted", "planted"), "image": ("digits_vit", "digits")}
+"""The model and the data of each kind that is not text, which is the default of both."""
+
+
+def need_kind(model: object, kind: str, data: DataConfig) -> None:
+    """Raise `WrongInput` for data of another kind than a model reads."""
+    if data.kind == kind:
+        return
+    name, partner = choice(model), f"Use model={PARTNERS.get(data.kind, ('minilm',))[0]}"
+    if kind in PARTNERS:
+        partner = f"Add data={PARTNERS[kind][1]}"
+    raise WrongInput(f"model={name} solves {kind} problems; the data holds {data.kind}. {partner}.")
 
 
 def device_type(name: str) -> str:

@@ -25,10 +25,9 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab.config import DataConfig, ModelConfig, choice, literal_path, need
+from lora_lab.config import DataConfig, ModelConfig, literal_path, need
 from lora_lab.data import Problem
-from lora_lab.data.planted import PlantedData
-from lora_lab.models import MODELS, Batch, Model, wrong_kind
+from lora_lab.models import MODELS, Batch, Model, need_kind
 from lora_lab.registry import WrongInput
 
 LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, transformers.pytorch_utils.Conv1D)
@@ -136,6 +135,11 @@ class TextModel:
     max_tokens: int
     # Torch's fused attention is the slower one in bfloat16 on a CPU.
     attention: ClassVar[str] = "eager"
+    remedy: ClassVar[str] = (
+        "Give a local folder with config.json and *.safetensors, or a hub name on a machine with "
+        "network."
+    )
+    """What to do when the files cannot be loaded."""
 
     def source(self) -> str:
         """Folder or hub name of the pretrained files."""
@@ -146,8 +150,7 @@ class TextModel:
         return None
 
     def shapes(self, data: DataConfig) -> dict[str, tuple[int, int]]:
-        if isinstance(data, PlantedData):
-            raise wrong_kind(choice(self), "text", "planted regression")
+        need_kind(self, "text", data)
         return dict(self._load(_architecture)[1])
 
     def _load(self, loader: Any, *args: Any) -> Any:
@@ -159,34 +162,23 @@ class TextModel:
                 raise
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else "no reason"
             raise WrongInput(
-                f"model {self.source()!r} cannot be loaded ({reason}). Give a local folder with "
-                "config.json and *.safetensors, or a hub name on a machine with network."
+                f"model {self.source()!r} cannot be loaded ({reason}). {self.remedy}"
             ) from error
 
     def build(self, data: DataConfig, problem: Problem, dropout: float) -> Model:
         config, _ = self._load(_architecture)
-        options = {
-            k: dropout
-            for k, v in config.to_dict().items()
-            if "drop" in k and isinstance(v, (int, float)) and not isinstance(v, bool)
-        }
-        base = self._load(_pretrained, self.attention, options)
+        base = self._load(pretrained, transformers.AutoModel, self.attention, dropout)
         hidden = int(getattr(config, "hidden_size", 0) or config.n_embd)
         return TextClassifier(base, hidden, problem.outputs, self.pooling)
 
+    def _reading(self) -> list[Any]:
+        """What decides how a text becomes tokens."""
+        return [self.source(), self.pinned(), self.max_tokens, transformers.__version__]
+
     def encode(self, problem: Problem, split: str, cache: Path) -> Tokens:
         texts, targets = problem.inputs[split], problem.targets[split]
-        key = hashlib.sha256(
-            json.dumps(
-                [
-                    self.source(),
-                    self.pinned(),
-                    self.max_tokens,
-                    transformers.__version__,
-                    list(texts),
-                ]
-            ).encode()
-        ).hexdigest()[:24]
+        asked = json.dumps([*self._reading(), list(texts)])
+        key = hashlib.sha256(asked.encode()).hexdigest()[:24]
         path = cache / f"tokens-{key}.safetensors"
         if path.is_file():
             stored = load_file(path)
@@ -200,27 +192,44 @@ class TextModel:
         return Tokens(stored["ids"], stored["offsets"], targets, pad, self.max_tokens)
 
     def _tokenize(self, texts: list[str]) -> dict[str, np.ndarray]:
-        tokenizer = self._load(_tokenizer)
-        rows = tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+        tokenizer = self._load(tokenizer_of)
+        rows = self._rows(tokenizer, texts)
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
         ids = np.fromiter((i for row in rows for i in row), dtype=np.int32, count=int(offsets[-1]))
         pad = tokenizer.pad_token_id
         pad = tokenizer.eos_token_id if pad is None else pad
         return {"ids": ids, "offsets": offsets, "pad": np.array([pad or 0], dtype=np.int32)}
 
+    def _rows(self, tokenizer: Any, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, at most `max_tokens`."""
+        rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=self.max_tokens)[
+            "input_ids"
+        ]
+        return rows
 
-def _tokenizer(folder: str, revision: str | None) -> Any:
+
+def tokenizer_of(folder: str, revision: str | None) -> Any:
+    """The tokenizer of a folder or hub name."""
     return transformers.AutoTokenizer.from_pretrained(
         folder, revision=revision, trust_remote_code=False
     )
 
 
-def _pretrained(
-    folder: str, revision: str | None, attention: str, options: dict[str, float]
+def pretrained(
+    folder: str, revision: str | None, kind: Any, attention: str, dropout: float
 ) -> nn.Module:
+    """A network of an `Auto` class of transformers, with that dropout wherever it has one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net: nn.Module = transformers.AutoModel.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
+            folder, revision=revision, trust_remote_code=False
+        )
+        options = {
+            k: dropout
+            for k, v in config.to_dict().items()
+            if "drop" in k and isinstance(v, (int, float)) and not isinstance(v, bool)
+        }
+        net: nn.Module = kind.from_pretrained(
             folder,
             revision=revision,
             trust_remote_code=False,

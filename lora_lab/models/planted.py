@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lora_lab.config import DataConfig, ModelConfig
 from lora_lab.data import Problem
 from lora_lab.data.planted import LAYERS, PlantedData, base_weights
-from lora_lab.models import MODELS, Batch, Model, wrong_kind
+from lora_lab.models import MODELS, Batch, Model, need_kind
 
 
 class Bias(nn.Module):
@@ -91,8 +91,8 @@ class Planted(ModelConfig):
     full_rate: ClassVar[float] = 3e-3
 
     def shapes(self, data: DataConfig) -> dict[str, tuple[int, int]]:
-        if not isinstance(data, PlantedData):
-            raise wrong_kind("planted", "regression", "text")
+        need_kind(self, "regression", data)
+        assert isinstance(data, PlantedData)
         return {
             name: (out * data.width, inner * data.width) for name, (out, inner) in LAYERS.items()
         }

@@ -195,7 +195,8 @@ def difference(before: Parts, after: Parts) -> Parts:
     """Of two states of one update the exact difference, again as parts.
 
     Factors: ``s'B'A' - sBA = [s'B', s'B' - sB] [A' - A; A]`` in float64. The differences come
-    first, so that a step that is small against the update is not lost in cancellation.
+    first, so that a step that is small against the update is not lost in cancellation. The two
+    may have different numbers of directions.
 
     >>> one = {"A": torch.eye(1), "B": torch.eye(1), "scale": torch.tensor(3.0)}
     >>> two = {"A": 2 * torch.eye(1), "B": 2 * torch.eye(1), "scale": torch.tensor(3.0)}
@@ -206,7 +207,10 @@ def difference(before: Parts, after: Parts) -> Parts:
         return {"dW": after["dW"] - before["dW"]}
     A0, A1 = before["A"].double(), after["A"].double()
     B0, B1 = (parts["scale"] * parts["B"].double() for parts in (before, after))
-    B, A = torch.cat([B1, B1 - B0], dim=1), torch.cat([A1 - A0, A0])
+    if A0.shape == A1.shape:
+        B, A = torch.cat([B1, B1 - B0], dim=1), torch.cat([A1 - A0, A0])
+    else:  # the number of directions has changed
+        B, A = torch.cat([B1, -B0], dim=1), torch.cat([A1, A0])
     return {"A": A, "B": B, "scale": torch.ones((), dtype=torch.float64)}
 
 

@@ -35,6 +35,7 @@ TABLES = {
     "traces": _stored(schema.TRACES),
     "spectra": _stored(schema.SPECTRA),
     "oracle": _stored(schema.MEASURES),
+    "examples": _stored(schema.EXAMPLES),
     "measures": _stored(schema.MEASURES),
 }
 """Columns on disk of each table of a run."""
@@ -116,7 +117,7 @@ class Contents:
         return files.decode_json(self._checked(path), path)
 
     def write_table(self, name: str, rows: pd.DataFrame) -> None:
-        """Write one of the training's tables: traces, spectra or oracle.
+        """Write one of the training's tables: traces, spectra, oracle or examples.
 
         Parameters
         ----------
@@ -124,7 +125,7 @@ class Contents:
             The columns of `schema.py`, without those that follow from names (`run_id`,
             `module`, `depth`), which may be present and are ignored.
         """
-        assert name in ("traces", "spectra", "oracle"), name
+        assert name in ("traces", "spectra", "oracle", "examples"), name
         self._refuse_finished()
         data = files.encode_table(as_table(rows, TABLES[name]))
         files.write_bytes(self.path / f"{name}.parquet", data)

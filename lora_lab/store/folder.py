@@ -32,7 +32,7 @@ LEDGER = {
     ),
     **{
         name: pa.schema([("run_id", pa.string()), *TABLES[name]])
-        for name in ("measures", "traces", "spectra")
+        for name in ("measures", "traces", "spectra", "examples")
     },
 }
 """Columns of the packed tables; `config` and `provenance` are the JSON files as text."""
@@ -195,7 +195,8 @@ class Store:
         sums = path.with_name("checksums.json")
         if not sums.exists() and not path.exists():
             return LEDGER[name].empty_table()
-        allowed = files.decode_json(files.read_bytes(sums), sums).get(path.name, [])
+        allowed = files.decode_json(files.read_bytes(sums), sums).get(path.name, [ABSENT])
+        # A table that the checksums do not name is newer than this ledger.
         if ABSENT in allowed and not path.exists():
             return LEDGER[name].empty_table()
         data = files.read_bytes(path, allowed)

@@ -42,8 +42,9 @@ COLUMNS = {
     "measures": schema.MEASURES,
     "traces": schema.TRACES,
     "spectra": schema.SPECTRA,
+    "examples": schema.EXAMPLES,
 }
-PARTS = {"measures": ("measures", "oracle"), "traces": ("traces",), "spectra": ("spectra",)}
+PARTS = {name: (name,) for name in COLUMNS} | {"measures": ("measures", "oracle")}
 """The files of a run whose rows make a table."""
 
 
@@ -61,7 +62,7 @@ def load(root: str | Path = "results") -> Tables:
     Returns
     -------
     Tables
-        `.runs`, `.measures`, `.traces`, `.spectra`, each read when first asked for.
+        `.runs`, `.measures`, `.traces`, `.spectra`, `.examples`, each read when first asked for.
 
     Raises
     ------
@@ -153,6 +154,11 @@ class Tables:
         """Rows of `schema.SPECTRA` of finished runs."""
         return self._frame("spectra")
 
+    @cached_property
+    def examples(self) -> pd.DataFrame:
+        """Rows of `schema.EXAMPLES` of finished runs."""
+        return self._frame("examples")
+
     # ---- reading ---------------------------------------------------------------------------
 
     def _note(self, problem: str) -> None:
@@ -167,7 +173,7 @@ class Tables:
             return None
 
     def arrow(self, name: str) -> pa.Table:
-        """measures, traces or spectra of finished runs as stored: columns `LEDGER[name]`."""
+        """A table other than runs, of finished runs, as stored: columns `LEDGER[name]`."""
         wanted = ("done", "diverged") if name == "traces" else ("done",)
         records = [r for r in self.records.values() if r.status in wanted]
         ids = pa.array([r.run_id for r in records], pa.string())
@@ -217,7 +223,7 @@ def pack(store: Store) -> list[Path]:
     Returns
     -------
     list of Path
-        The four tables and their checksums.
+        The tables and their checksums.
 
     Raises
     ------
