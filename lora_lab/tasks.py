@@ -1,12 +1,13 @@
 """Independent tasks over the cores, each finished one kept on disk until all are done.
 
-What is asked again after an interruption goes on where it was. Little work is done in this process
-and leaves nothing on the disk.
+What is asked again after an interruption goes on where it was. Little work is done by threads of
+this process and leaves nothing on the disk.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -14,8 +15,16 @@ import signal
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -26,12 +35,17 @@ from typing import Any, TypeAlias
 import psutil
 from threadpoolctl import threadpool_limits
 
+from lora_lab.embedded import cache_folder
 from lora_lab.orphans import leave_with
 from lora_lab.store import Corrupt, StoreError
 from lora_lab.store.files import make_folder, read_sealed, write_sealed
 
 ALONE = 1.0
-"""Seconds of work that are done here: starting processes takes as long."""
+"""Seconds of work that are done here before it is asked whether processes pay."""
+
+APART = 10.0
+"""Seconds that the rest must be about to take here for processes to pay: they lose a few to start,
+to load libraries and to draw nulls anew, and then are a fifth to a third faster than threads."""
 
 FORGOTTEN = 30 * 86400
 """Seconds after which results of work that nobody took up again are removed."""
@@ -53,8 +67,7 @@ class Kept:
     """
 
     def __init__(self, key: str) -> None:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder = Path(cache) / "lora_lab" / "analyze" / key
+        self.folder = cache_folder() / "analyze" / key
         self._works = True
 
     def _path(self, number: int) -> Path:
@@ -116,9 +129,10 @@ class Tasks:
 def run(tasks: Tasks, kept: Kept, tell: Tell) -> list[Result]:
     """The results in the tasks' order.
 
-    The first second of work is done here, the smallest tasks first; what is left then goes to
-    one process for each core, the longest first. Each works with one BLAS thread, so that a result
-    does not depend on where it was made.
+    The first second of work is done by threads of this process, the smallest tasks first, and the
+    rest too where it will not take long. What is left then goes to one process for each core, the
+    longest first. Each works with one BLAS thread, so that a result does not depend on where it
+    was made.
 
     Raises
     ------
@@ -128,37 +142,43 @@ def run(tasks: Tasks, kept: Kept, tell: Tell) -> list[Result]:
         After the workers are gone. What was finished is kept.
     """
     found = {n: r for n in range(len(tasks.arguments)) if (r := kept.read(n)) is not None}
-    left = sorted((n for n in range(len(tasks.costs)) if n not in found), key=_by_cost(tasks))
+    left = deque(sorted((n for n in range(len(tasks.costs)) if n not in found), key=_cost(tasks)))
     began, resumed = time.monotonic(), bool(found)
     workers = _workers(tasks)
+    total, before = sum(tasks.costs) or 1.0, sum(tasks.costs[n] for n in found)
+    made, early = before, list[int]()
 
     def done(number: int, result: Result, keep: bool) -> None:
+        nonlocal made
         found[number] = result
+        made += tasks.costs[number]
         if keep:
             kept.write(number, result)
-        share = sum(tasks.costs[n] for n in found) / (sum(tasks.costs) or 1.0)
         if time.monotonic() - began > ALONE:
-            tell(len(found), len(tasks.costs), share)
+            tell(len(found), len(tasks.costs), made / total)
 
-    with threadpool_limits(1):
-        early = []
-        while left and (time.monotonic() - began < ALONE or len(left) == 1 or workers == 1):
-            number, left = left[0], left[1:]
+    def expected() -> float:
+        """Seconds that the rest will take here, as far as costs and the time so far tell."""
+        here = made - before
+        return (time.monotonic() - began) * (total - made) / here if here else math.inf
+
+    with threadpool_limits(1), closing(_here(tasks, left, workers, expected)) as results:
+        for number, result in results:
             late = time.monotonic() - began > ALONE
-            done(number, tasks.function(*tasks.arguments[number]), keep=late or resumed)
+            done(number, result, keep=late or resumed)
             if not (late or resumed):
                 early.append(number)
     if left:
         for number in early:
             kept.write(number, found[number])
-        with closing(_apart(tasks, left[::-1], workers)) as results:
+        with closing(_apart(tasks, list(left)[::-1], workers)) as results:
             for number, result in results:
                 done(number, result, keep=True)
     kept.remove()
     return [found[n] for n in range(len(tasks.arguments))]
 
 
-def _by_cost(tasks: Tasks) -> Callable[[int], float]:
+def _cost(tasks: Tasks) -> Callable[[int], float]:
     return lambda number: tasks.costs[number]
 
 
@@ -167,9 +187,42 @@ def _workers(tasks: Tasks) -> int:
     return max(1, min(os.cpu_count() or 1, room))
 
 
-def _apart(
-    tasks: Tasks, numbers: Sequence[int], workers: int
-) -> Generator[tuple[int, Result], None, None]:
+Results: TypeAlias = Generator[tuple[int, Result], None, None]
+
+
+def _here(tasks: Tasks, left: deque[int], workers: int, expected: Callable[[], float]) -> Results:
+    """Results of tasks from this process, as they come; those for processes stay in `left`.
+
+    Decompositions let go of Python's lock: threads work on several layers at once.
+    """
+    threads, began = min(workers, len(left)), time.monotonic()
+    if threads < 2:
+        while left:
+            only = left.popleft()
+            yield only, tasks.function(*tasks.arguments[only])
+        return
+
+    def take() -> int | None:
+        rest = expected()
+        if not left or (rest > APART and time.monotonic() - began >= ALONE and len(left) > 1):
+            return None
+        # The longest first where all will be done here soon: then no thread waits for a long last.
+        return left.pop() if rest < ALONE else left.popleft()
+
+    # Who silences a library does so for the whole process: afterwards all is as it was.
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        running: dict[Future[Result], int] = {}
+        while True:
+            # One more than there are threads, so that none waits for the next to be sent.
+            while len(running) <= threads and (number := take()) is not None:
+                running[pool.submit(tasks.function, *tasks.arguments[number])] = number
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+
+def _apart(tasks: Tasks, numbers: Sequence[int], workers: int) -> Results:
     """Results of some tasks from worker processes, as they come. None outlives this."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lora_lab.orphans", tasks.function.__module__])

@@ -1,12 +1,15 @@
 """Updates and their spectra against numpy, torch and matrices of known singular values."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from scipy.stats import chi2
 
-from lora_lab.linalg import Dense, Factored, Spectrum, decompose, gram
+from lora_lab.linalg import Dense, Factored, Spectrum, decompose, gram, lapack
 from lora_lab.linalg.factored import ROUNDOFF, coarser
 from lora_lab.registry import WrongInput
 
@@ -405,3 +408,56 @@ def test_the_probe_bounds_a_norm_from_above_as_often_as_it_says(rng):
     bounds = [gram.probed_norm(E @ rng.standard_normal((20, gram.PROBES))) for _ in range(500)]
     assert min(bounds) >= 1
     assert max(bounds) < 10
+
+
+# ---- LAPACK without Python's lock --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q", [2, 3, 64, 200])
+def test_the_tridiagonal_form_and_its_eigenvalues_are_those_of_scipys_wrappers(rng, q):
+    G = (X := rng.standard_normal((q, q + 3))) @ X.T
+    wrapped, *expected, info = scipy.linalg.lapack.dsytrd(G.T, lower=1, lwork=8 * q)
+    assert info == 0
+    ours = lapack.tridiagonal(G, 8)
+    for found, known in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(found, known)
+    np.testing.assert_array_equal(np.tril(G.T), np.tril(wrapped))
+    kept = ours[0].copy(), ours[1].copy()
+    found = lapack.eigenvalues(ours[0], ours[1])
+    np.testing.assert_array_equal(found, scipy.linalg.lapack.dsterf(*kept)[0])
+    np.testing.assert_array_equal(ours[0], kept[0], "left as it was, for the eigenvectors")
+    np.testing.assert_array_equal(ours[1], kept[1])
+
+
+def test_a_matrix_whose_rows_do_not_lie_one_after_the_other_is_no_matrix_for_lapack(rng):
+    with pytest.raises((TypeError, BufferError)):
+        lapack.tridiagonal(rng.standard_normal((8, 6))[:6, :].T[:6], 8)
+
+
+@pytest.mark.parametrize("q", [1, 2, 50])
+def test_values_of_a_bidiagonal_matrix_are_right_relative_to_themselves(rng, q):
+    d, e = rng.standard_normal(q) + 3, np.zeros(q - 1)
+    scale = np.geomspace(1, 1e-200, q)
+    expected = np.sort(np.abs(d * scale))[::-1]
+    np.testing.assert_allclose(lapack.bidiagonal_values(d * scale, e), expected, rtol=1e-14)
+    e = rng.standard_normal(q - 1)
+    exact = np.linalg.svd(np.diag(d) + np.diag(e, 1), compute_uv=False)
+    np.testing.assert_allclose(lapack.bidiagonal_values(d, e), exact, rtol=1e-12)
+
+
+def test_other_threads_work_while_a_layer_is_decomposed(rng):
+    G = (X := rng.standard_normal((1200, 1200))) @ X.T
+    times = {}
+
+    def reduce():
+        times["begin"] = time.perf_counter()
+        lapack.tridiagonal(G, 16)
+        times["end"] = time.perf_counter()
+
+    worker, seen = threading.Thread(target=reduce), []
+    worker.start()
+    while worker.is_alive():
+        time.sleep(0.001)
+        seen.append(time.perf_counter())
+    third = (times["end"] - times["begin"]) / 3
+    assert any(times["begin"] + third < at < times["end"] - third for at in seen)

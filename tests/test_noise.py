@@ -198,6 +198,26 @@ def test_noise_is_told_from_a_power_law_by_its_distance_and_the_lognormal(capfd)
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("shape", [(384, 384), (200, 800)])
+def test_the_lognormal_is_the_packages_where_its_search_ends(shape):
+    rng = np.random.default_rng(12)
+    s = decompose(Dense(rng.standard_normal(shape)))
+    found = fit(s)
+    x = s.values[: int(found["n_tail"])] ** 2
+    own = package.Fit(x / x[-1], xmin=1.0, parameter_ranges={"alpha": [1, None]}, verbose=0)
+    R, p = own.distribution_compare("power_law", "lognormal", normalized_ratio=True)
+    assert found["lognormal_R"] == pytest.approx(R, rel=5e-3)
+    assert found["lognormal_p"] == pytest.approx(p, rel=2e-2)
+
+
+def test_of_a_tail_heavier_than_any_lognormal_the_power_law_is_the_best_one():
+    # Logarithms whose standard deviation exceeds their mean: mu falls and sigma grows without end.
+    log = np.concatenate([np.linspace(0, 0.2, 40), np.linspace(0.3, 8, 10)])
+    found = fit(Spectrum.of_values(np.exp(log / 2)))
+    assert found["n_tail"] == 50
+    assert (found["lognormal_R"], found["lognormal_p"]) == (0.0, 1.0)
+
+
 def test_a_power_law_depends_on_nothing_but_the_shape_of_the_spectrum():
     rng = np.random.default_rng(11)
     values = pareto(3.5, 200, rng)

@@ -2,6 +2,9 @@
 
 import inspect
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -268,6 +271,27 @@ def test_a_null_that_an_update_has_not_is_refused_and_leaves_its_columns_empty(
     [row] = rows("x", update, ["stable_rank"], null=name, W0=W0)
     assert row["value"] >= 1
     assert all(math.isnan(row[end]) for end in ("null", "null_low", "null_high"))
+
+
+def test_threads_that_ask_for_one_null_draw_it_once(monkeypatch):
+    drawn, drawing = [], NULLS["gaussian"].draw
+
+    def draw(s, rng):
+        drawn.append(threading.get_ident())
+        time.sleep(0.002)
+        return drawing(s, rng)
+
+    monkeypatch.setattr(nulls, "NULLS", {"gaussian": nulls.Null(draw, ())})
+    nulls._by_shape.cache_clear()
+    nulls._level_by_shape.cache_clear()
+    s = Spectrum.of_values([1.0], shape=(31, 17))
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: level("gaussian", "stable_rank", s, None, None), range(4)))
+    nulls._by_shape.cache_clear()
+    nulls._level_by_shape.cache_clear()
+    assert len(found) == 1
+    assert len(drawn) == nulls.DRAWS
+    assert len(set(drawn)) == 1
 
 
 def test_a_measure_that_refuses_its_nulls_draws_has_no_null():

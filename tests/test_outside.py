@@ -306,13 +306,17 @@ def test_what_a_large_layer_is_too_large_for_is_said_and_all_else_is_the_same(fo
     assert outside.left_out(small) == []
 
 
-def test_one_process_and_many_give_one_table(folders, monkeypatch, cache):
+@pytest.mark.parametrize(("here", "workers"), [(0.0, 2), (60.0, 3)])
+def test_one_thread_and_many_and_processes_give_one_table(
+    here, workers, folders, monkeypatch, cache
+):
     base, tuned = folders
-    here = lab.analyze(base=base, tuned=tuned)
+    monkeypatch.setattr(tasks, "_workers", lambda tasks: 1)
+    alone = lab.analyze(base=base, tuned=tuned)
     assert not cache.exists(), "little work leaves nothing on the disk"
-    monkeypatch.setattr(tasks, "ALONE", 0.0)
-    apart = lab.analyze(base=base, tuned=tuned)
-    pd.testing.assert_frame_equal(here, apart)
+    monkeypatch.setattr(tasks, "ALONE", here)
+    monkeypatch.setattr(tasks, "_workers", lambda tasks: workers)
+    pd.testing.assert_frame_equal(alone, lab.analyze(base=base, tuned=tuned), check_exact=True)
     assert not list(cache.glob("*/*/*"))
 
 

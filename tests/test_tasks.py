@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -70,12 +72,54 @@ def quiet(done, total, share):
     pass
 
 
-def test_little_work_is_done_here_smallest_first_and_leaves_nothing_on_the_disk(tmp_path, cache):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_little_work_is_done_here_and_leaves_nothing_on_the_disk(
+    workers, tmp_path, cache, monkeypatch
+):
+    monkeypatch.setattr(tasks, "_workers", lambda tasks: workers)
     log = tmp_path / "log"
     found = run(asked(log), Kept("key"), quiet)
     assert [one["number"] for one in found] == list(range(6))
-    assert said(log) == (list(range(6)), {os.getpid()})
+    numbers, processes = said(log)
+    assert processes == {os.getpid()}
+    assert workers > 1 or numbers[0] == 0, "the smallest first"
     assert not cache.exists()
+
+
+MEETING = threading.Barrier(2)
+
+
+def meets(number, log):
+    MEETING.wait(20)
+    return step(number, log)
+
+
+def test_threads_share_the_work_that_is_done_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_workers", lambda tasks: 2)
+    found = run(asked(tmp_path / "log", 4, meets), Kept("key"), quiet)
+    assert [one["number"] for one in found] == list(range(4))
+
+
+def test_an_error_of_a_task_that_is_done_here_comes_through(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_workers", lambda tasks: 2)
+    with pytest.raises(WrongInput, match="layer 'x' holds NaN"):
+        run(asked(tmp_path / "log", function=fails), Kept("key"), quiet)
+
+
+@pytest.mark.parametrize(("worth", "stays"), [(60.0, True), (0.0, False)])
+def test_what_is_left_after_a_while_goes_to_processes_only_if_that_pays(
+    worth, stays, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tasks, "_workers", lambda tasks: 2)
+    monkeypatch.setattr(tasks, "ALONE", 0.1)
+    monkeypatch.setattr(tasks, "APART", worth)
+    log = tmp_path / "log"
+    alike = asked(log, 12, seconds=0.05)
+    found = run(dataclasses.replace(alike, costs=[1.0] * 12), Kept("key"), quiet)
+    assert [one["number"] for one in found] == list(range(12))
+    processes = said(log)[1]
+    assert os.getpid() in processes, "begun here"
+    assert (len(processes) == 1) == stays
 
 
 def test_more_work_goes_to_other_processes_longest_first(tmp_path, cache, at_once):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 
 from lora_lab.linalg.factored import ROUNDOFF, Array
+from lora_lab.linalg.lapack import eigenvalues, tridiagonal
 
 U64 = ROUNDOFF["float64"]
 CORE_BOUND = 1e-12
@@ -174,16 +175,14 @@ class _Tridiagonal:
     def __init__(self, G: Array) -> None:
         self.q = len(G)
         # Narrower blocks than LAPACK's own 32 are up to a fifth faster at these sizes.
-        work = self.q * (8 if self.q <= 512 else 16)
-        # LAPACK reads columns: the transpose of a symmetric matrix is the same without a copy.
-        self.reflectors, self.d, self.e, self.tau, _ = lapack.dsytrd(
-            G.T, lower=1, lwork=work, overwrite_a=1
-        )
+        block = 8 if self.q <= 512 else 16
+        self.d, self.e, self.tau = tridiagonal(G, block)
+        self.reflectors = G.T
 
     def values(self) -> Array | None:
         """All eigenvalues, descending; None where QL does not converge."""
-        ascending, info = lapack.dsterf(self.d, self.e)
-        return None if info else ascending[::-1]
+        ascending = eigenvalues(self.d, self.e)
+        return None if ascending is None else ascending[::-1]
 
     def leading(self, k: int) -> Array | None:
         """The eigenvectors of the k largest eigenvalues, as columns in that order."""

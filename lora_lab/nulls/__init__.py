@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ ENTRIES = 2**24
 
 SEED = 20_210_617
 """Every null starts from it: the same spectrum has the same null everywhere."""
+
+_ONE = RLock()
+"""Held by the thread that draws for a shape: the others wait for it and do not draw the same."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ def draws(name: str, s: Spectrum, **given: Any) -> tuple[Spectrum, ...]:
     if null.given:
         return null.spectra(s, *(given[need] for need in null.given))
     # Noise has no inputs and outputs: a layer and its transpose have one null.
-    return _by_shape(name, max(s.shape), min(s.shape), s.r, s.made_in)
+    with _ONE:
+        return _by_shape(name, max(s.shape), min(s.shape), s.r, s.made_in)
 
 
 @lru_cache(maxsize=64)
@@ -157,7 +162,9 @@ def level(
     NaN where there is no such null of this update, or the measure refuses its draws.
     """
     if not NULLS[null].given:
-        return _level_by_shape(null, measure, max(s.shape), min(s.shape), s.r, s.made_in, k, side)
+        long, short = max(s.shape), min(s.shape)
+        with _ONE:
+            return _level_by_shape(null, measure, long, short, s.r, s.made_in, k, side)
     return _level(null, measure, s, k, side, given)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import eigvalsh_tridiagonal
 
 from lora_lab.linalg import Spectrum
 from lora_lab.linalg.factored import Array
+from lora_lab.linalg.lapack import bidiagonal_values
 from lora_lab.nulls import define
 
 
@@ -15,8 +15,7 @@ def gaussian(s: Spectrum, rng: np.random.Generator) -> Array:
     """Singular values of a Gaussian matrix of the update's shape, q of them, in units of its sd.
 
     Drawn in O(q^2) without the matrix: Golub-Kahan bidiagonalisation of a Gaussian matrix gives
-    independent chi variables (max, max-1, ... on the diagonal, q-1, q-2, ... beside it), and the
-    singular values of the bidiagonal are the positive eigenvalues of a tridiagonal matrix.
+    independent chi variables (max, max-1, ... on the diagonal, q-1, q-2, ... beside it).
 
     References
     ----------
@@ -30,8 +29,6 @@ def gaussian(s: Spectrum, rng: np.random.Generator) -> Array:
     (100, True)
     """
     q, long = min(s.shape), max(s.shape)
-    entries = np.empty(2 * q - 1)
-    entries[0::2] = np.sqrt(rng.chisquare(long - np.arange(q)))
-    entries[1::2] = np.sqrt(rng.chisquare(q - 1 - np.arange(q - 1)))
-    both = eigvalsh_tridiagonal(np.zeros(2 * q), entries)
-    return np.abs(both[q:])
+    diagonal = np.sqrt(rng.chisquare(long - np.arange(q)))
+    beside = np.sqrt(rng.chisquare(q - 1 - np.arange(q - 1)))
+    return bidiagonal_values(diagonal, beside)

@@ -10,16 +10,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 
 from lora_lab import comparison, schema
 from lora_lab.checkpoints import Job, updates
 from lora_lab.layers import depth_of, module_of
-from lora_lab.linalg.factored import frobenius
+from lora_lab.linalg.factored import Array, frobenius
 from lora_lab.measures import MEASURES
 from lora_lab.nulls import NULLS
 from lora_lab.outside.layer import LEFT_OUT, WORK, work
@@ -122,14 +124,16 @@ def study(
     if null not in (None, "usual"):
         NULLS.require(null)
     chosen = None if names is None else list(dict.fromkeys(names))
+    known = set(MEASURES)
     for name in chosen or ():
-        MEASURES.require(name)
+        if name not in known:
+            MEASURES.require(name)
     sources = _sources(base, tuned, adapters)
     layers = [(source, job) for source, jobs in sources.items() for job in jobs]
     wanted = _possible(chosen, [job for _, job in layers], len(sources) > 1)
+    of_pairs = set(comparison.pairwise())
     alone, paired = (
-        [name for name in wanted if (name in comparison.pairwise()) == both]
-        for both in (False, True)
+        [name for name in wanted if (name in of_pairs) == both] for both in (False, True)
     )
     shared = _shared(sources) if paired else []
     tasks = Tasks(
@@ -203,11 +207,19 @@ def _cost(*jobs: Job) -> float:
 def _key(folders: Sequence[str | Path], names: Sequence[str], null: str | None) -> str:
     """Hash of all that the rows depend on: files given, measures, null, and the code itself."""
     given = [p for folder in folders for p in sorted(Path(folder).expanduser().resolve().iterdir())]
-    code = sorted(Path(__file__).parents[1].rglob("*.py"))
-    stamps = [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in [*given, *code]]
-    versions = [version(name) for name in ("numpy", "scipy")]
-    text = json.dumps([stamps, names, null, versions])
+    text = json.dumps([_stamps(given), names, null, _code()])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    return [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in paths]
+
+
+@lru_cache(maxsize=1)
+def _code() -> list[object]:
+    """What tells the code apart, which a process does not read again."""
+    ours = _stamps(sorted(Path(__file__).parents[1].rglob("*.py")))
+    return [ours, *(version(name) for name in ("numpy", "scipy"))]
 
 
 # ---- tables ------------------------------------------------------------------------------------
@@ -215,27 +227,42 @@ def _key(folders: Sequence[str | Path], names: Sequence[str], null: str | None) 
 
 def _tables(layers: Sequence[tuple[str, str]], results: Sequence[Result]) -> Outside:
     """The tables of all layers, and of the pairs that follow them."""
-    measured, spectra, about = [], [], []
+    measured, about = [], []
     for (source, layer), result in zip(layers, results, strict=False):
         place = {"module": module_of(layer), "depth": depth_of(layer)}
         measured += [{"source": source, **row, **place} for row in result["rows"]]
         at = {"source": source, "layer": layer}
-        sigma = result["sigma"]
-        spectra.append(pd.DataFrame({**at, "i": range(1, len(sigma) + 1), "sigma": sigma}))
         about.append(at | result["about"])
     pairs = [row for result in results[len(layers) :] for row in result["rows"]]
     norms: dict[str, dict[str, float]] = {}
     for (source, layer), result in zip(layers, results, strict=False):
         norms.setdefault(source, {})[layer] = frobenius([result["sigma"]])
     sizes = {one["layer"]: one["m"] * one["n"] for one in about}
-    table = pd.DataFrame(measured, columns=["source", *COLUMNS, "flag"])
-    floats = [name for name in COLUMNS if schema.MEASURES[name][0] == "float64"]
     return Outside(
-        table.astype(dict.fromkeys(floats, "float64")),
-        pd.concat(spectra, ignore_index=True),
+        pd.DataFrame({name: _column(name, measured) for name in ("source", *COLUMNS, "flag")}),
+        _spectra(layers, [result["sigma"] for result in results[: len(layers)]]),
         pd.DataFrame(about).astype({"r": "float64", "scale": "float64"}),
         comparison.table([*pairs, *comparison.whole_rows(pairs, norms, sizes)]),
     )
+
+
+def _column(name: str, found: Sequence[Mapping[str, Any]]) -> list[Any] | Array:
+    """A column of the table of measures, at once of its own type."""
+    column = [row[name] for row in found]
+    if name in COLUMNS and schema.MEASURES[name][0] == "float64":
+        return np.array(column, dtype=np.float64)
+    return column
+
+
+def _spectra(layers: Sequence[tuple[str, str]], sigmas: Sequence[Sequence[float]]) -> pd.DataFrame:
+    """The table of all singular values, made at once: a table for each layer takes longer."""
+    lengths = [len(sigma) for sigma in sigmas]
+    names = {
+        what: np.repeat(np.array([one[place] for one in layers], dtype=object), lengths)
+        for place, what in enumerate(("source", "layer"))
+    }
+    i = np.concatenate([np.arange(1, length + 1) for length in lengths])
+    return pd.DataFrame({**names, "i": i, "sigma": np.concatenate(sigmas)})
 
 
 def whole(found: Outside) -> pd.DataFrame:
