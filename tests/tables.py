@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -27,12 +27,15 @@ TAUS = (0.9, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class Tables:
-    """The four tidy tables of a results folder."""
+    """The tidy tables of a results folder."""
 
     runs: pd.DataFrame
     measures: pd.DataFrame
     traces: pd.DataFrame
     spectra: pd.DataFrame
+    examples: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(columns=["run_id", "i", "value"])
+    )
 
 
 def run_row(run_id: str, adapter: str, seed: int, **changes: object) -> dict[str, object]:

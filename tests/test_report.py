@@ -358,3 +358,33 @@ def test_five_thousand_runs_are_one_small_page_of_the_newest_500():
     assert f"{4999:012x}" in page
     assert f"<td>{4499:012x}</td>" not in page.partition("All runs")[2]
     assert "400 more are not listed" in page
+
+
+def with_examples(gain: dict[str, float], count: int = 200) -> Tables:
+    """The demo's runs, of which those of each r > 1 are another adapter, and their test examples.
+
+    The head is right on 60 %; `gain` is the share that an adapter has right beyond these.
+    """
+    names = {4.0: "stacked", 16.0: "sparse", 64.0: "projected"}
+    adapter = DEMO.runs["adapter.r"].map(names).fillna(DEMO.runs["adapter"])
+    runs = DEMO.runs.assign(adapter=adapter.astype("string"), **{"adapter.alpha": 1.0})
+    rows = [
+        pd.DataFrame(
+            {"run_id": run_id, "i": range(count),
+             "value": np.arange(count) < count * (0.6 + gain.get(name, 0.1))}
+        )
+        for run_id, name in zip(runs["run_id"], runs["adapter"], strict=True)
+    ]  # fmt: skip
+    examples = pd.concat(rows).astype({"value": "float64"})
+    return Tables(runs, DEMO.measures, DEMO.traces, DEMO.spectra, examples)
+
+
+def test_settings_are_held_against_the_floor_example_by_example():
+    none = summary.sentences(with_examples({"head": 0.0}))[-1]
+    assert "none worse" in none
+    assert "on the same 200 test examples" in none
+    one = summary.sentences(with_examples({"head": 0.0, "sparse": -0.2}))[-1]
+    assert "1 significantly worse (sparse" in one
+    equal = summary.sentences(with_examples(dict.fromkeys(["sparse"], 0.1) | {"head": 0.1}))[-1]
+    assert " 0 score significantly better" in equal
+    assert "floor" not in " ".join(summary.sentences(DEMO))

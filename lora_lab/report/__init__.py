@@ -41,6 +41,7 @@ class Pair:
     measures: pd.DataFrame
     traces: pd.DataFrame
     spectra: pd.DataFrame
+    examples: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def pairs(tables: Tables) -> Iterator[tuple[str, Pair]]:
     runs = tables.runs
     groups = runs.groupby(["model", "data"], sort=True, dropna=False)
     for key, own in sorted(groups, key=lambda group: -len(group[1])):
-        parts = [tables.measures, tables.traces, tables.spectra]
+        parts = [tables.measures, tables.traces, tables.spectra, tables.examples]
         if len(own) < len(runs):
             parts = [part[part["run_id"].isin(own["run_id"])] for part in parts]
         yield " on ".join(map(str, key)), Pair(own, *parts)
@@ -152,8 +153,8 @@ def build(tables: Tables) -> str:
     Parameters
     ----------
     tables : Tables
-        `.runs`, `.measures`, `.traces`, `.spectra` as `lora_lab.load` gives them. Empty tables
-        give a page that says so.
+        `.runs`, `.measures`, `.traces`, `.spectra`, `.examples` as `lora_lab.load` gives them.
+        Empty tables give a page that says so.
 
     Returns
     -------

@@ -37,6 +37,7 @@ class OneRun:
     measures: pd.DataFrame
     traces: pd.DataFrame
     spectra: pd.DataFrame
+    examples: pd.DataFrame
 
 
 def as_run(found: Outside, source: str) -> OneRun:
@@ -56,7 +57,8 @@ def as_run(found: Outside, source: str) -> OneRun:
         "adapter.alpha": r * scale if ranked else np.nan,
         "adapter.scaling": "alpha_over_r" if ranked else None,
     }
-    return OneRun(pd.DataFrame([run]), measures, pd.DataFrame(columns=list(schema.TRACES)), spectra)
+    traces, examples = (pd.DataFrame(columns=list(c)) for c in (schema.TRACES, schema.EXAMPLES))
+    return OneRun(pd.DataFrame([run]), measures, traces, spectra, examples)
 
 
 def _pictures(tables: OneRun) -> list[Picture]:

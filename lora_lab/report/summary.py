@@ -7,9 +7,12 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from lora_lab import stats
 from lora_lab.figures import METHODS, Tables, comparable, final
+from lora_lab.figures.methods import FEWEST, labelled
 from lora_lab.figures.truncation import enough
 from lora_lab.stats import t_interval
+from lora_lab.stats.intervals import FEWEST as UNITS
 
 
 def seeds(n: int) -> str:
@@ -43,7 +46,7 @@ def counts(runs: pd.DataFrame) -> str:
 def sentences(tables: Tables) -> list[str]:
     """The findings on one model and data set; each holds for the tables as they are."""
     runs, _ = comparable(tables.runs)
-    said = [_ends(runs), _best_adapter(runs), *_directions(tables, runs)]
+    said = [_ends(runs), _best_adapter(runs), *_directions(tables, runs), _above_floor(tables)]
     return [sentence for sentence in said if sentence]
 
 
@@ -84,6 +87,29 @@ def _best_adapter(runs: pd.DataFrame) -> str:
         side = "below" if gap < 0 else "above"
         said += f": {abs(gap):.1f} points {side} full fine-tuning"
     return f"{said}."
+
+
+def _above_floor(tables: Tables) -> str:
+    """How many settings differ from the head alone, example by example of the test split."""
+    runs = labelled(tables.runs)
+    each = tables.examples.merge(runs[["run_id", "setting", "adapter"]], on="run_id")
+    # Mean over seeds of what each example contributes; examples are the units.
+    by_example = each.groupby(["setting", "i"])["value"].mean().unstack("setting")
+    floor = runs.loc[runs["adapter"] == "head", "setting"].unique()
+    if len(floor) != 1 or floor[0] not in by_example or len(by_example.columns) < FEWEST:
+        return ""
+    by_example = by_example.dropna()
+    if len(by_example) < UNITS:
+        return ""
+    others = by_example.columns.drop(floor[0])
+    gains = by_example[others].sub(by_example[floor[0]], axis=0)
+    p = stats.holm([stats.permutation(gains[name].to_numpy()) for name in others])
+    better = [n for n, q in zip(others, p, strict=True) if q < 0.05 and gains[n].mean() > 0]
+    worse = [n for n, q in zip(others, p, strict=True) if q < 0.05 and gains[n].mean() < 0]
+    said = f"Of {len(others)} settings {len(better)} score significantly better than the head alone"
+    said += f" on the same {len(by_example)} test examples, and "
+    said += f"{len(worse)} significantly worse ({'; '.join(worse)})" if worse else "none worse"
+    return f"{said} (sign flips, Holm, 5 %)."
 
 
 def _directions(tables: Tables, runs: pd.DataFrame) -> list[str]:
