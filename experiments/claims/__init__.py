@@ -1,0 +1,1 @@
+"""The claims, one file each; see lora_lab.claims."""

@@ -1,0 +1,332 @@
+"""The claims ledger: sentences about LoRA, each decided by an experiment of its own.
+
+One file `experiments/claims/<id>_<name>.py` is one claim. Its docstring states it and fixes before
+any run what decides it; it defines
+
+    SWEEP = {"smoke": [lines], "paper": [lines]}     the runs, as lines of Hydra overrides
+    rows(found) -> DataFrame                         what of these runs decides, with run_id
+    compute(size, seed) -> DataFrame                 instead of both, for claims without runs
+    verdict(table) -> Verdict                        from that table alone
+    figure(table) -> Figure
+
+A verdict is computed, never typed. Its whole input is committed beside it as CSV.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import math
+import pkgutil
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+
+from lora_lab.registry import WrongInput, unknown
+from lora_lab.stats import Interval
+from lora_lab.store import Store, Tables
+
+SIZES = ("smoke", "paper")
+OUTCOMES = ("supported", "refuted", "mixed", "unresolved")
+SEEDS = {"smoke": 1, "paper": 5}
+"""How often `compute` is called, with seed 0, 1 …"""
+
+SECTIONS = ("Claim", "Decided by", "Test", "Power", "Cost")
+"""Paragraphs that every claim's docstring has."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a table says of a claim.
+
+    Attributes
+    ----------
+    outcome : str
+        `supported`, `refuted`, `mixed` (holds on a stated part), or `unresolved` (`said` tells
+        how many seeds it would take).
+    said : str
+        One plain sentence with numbers.
+    statistic : float
+        What was tested; NaN where several numbers decide.
+    interval : (float, float)
+        Its 95 % interval; NaN for an exact claim.
+    p : float
+        NaN where no test was made.
+    n_seeds : int
+        Independent repetitions behind it.
+    effect : float
+        Size of what was found, in the unit that `said` names.
+    """
+
+    outcome: str
+    said: str
+    statistic: float = math.nan
+    interval: tuple[float, float] = (math.nan, math.nan)
+    p: float = math.nan
+    n_seeds: int = 0
+    effect: float = math.nan
+
+    def __post_init__(self) -> None:
+        assert self.outcome in OUTCOMES, self.outcome
+        assert self.said.strip().endswith("."), "a sentence ends with a full stop"
+
+
+def against(found: Interval, edge: float, more: bool = True) -> str:
+    """Outcome of "the value is above `edge`" (`more=False`: below) by its interval.
+
+    Supported when the whole interval lies on the claimed side, refuted when it lies on the other,
+    else unresolved.
+
+    >>> against(Interval(0.5, 0.4, 0.6), 0.3), against(Interval(0.5, 0.4, 0.6), 0.3, more=False)
+    ('supported', 'refuted')
+    >>> against(Interval(0.5, 0.2, 0.8), 0.3)
+    'unresolved'
+    """
+    if found.low > edge:
+        return "supported" if more else "refuted"
+    if found.high < edge:
+        return "refuted" if more else "supported"
+    return "unresolved"
+
+
+def together(outcomes: Iterable[str]) -> str:
+    """Outcome of a claim of several parts.
+
+    All supported or all refuted: that. One supported and one refuted: mixed. Else unresolved parts
+    leave it unresolved.
+
+    >>> together(["supported", "supported"]), together(["supported", "refuted", "unresolved"])
+    ('supported', 'mixed')
+    >>> together(["supported", "unresolved"])
+    'unresolved'
+    """
+    parts = set(outcomes)
+    if parts <= {"supported"} or parts <= {"refuted"}:
+        return parts.pop()
+    if "mixed" in parts or {"supported", "refuted"} <= parts:
+        return "mixed"
+    return "unresolved"
+
+
+class Found(Tables):
+    """The tables of a claim's own runs, and what else the results folder keeps of them."""
+
+    def __init__(self, store: Store, run_ids: Sequence[str]) -> None:
+        super().__init__(store)
+        self._chosen = set(run_ids)
+
+    @cached_property
+    def records(self) -> dict[str, Any]:
+        """Those of the claim's runs alone."""
+        return {i: r for i, r in super().records.items() if i in self._chosen}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One file of experiments/claims.
+
+    Attributes
+    ----------
+    id, name : str
+        `A1` and `rank_bound`.
+    module : module
+    """
+
+    id: str
+    name: str
+    module: ModuleType
+
+    @property
+    def stem(self) -> str:
+        """Name of its files in results/claims, without their ending."""
+        return f"{self.id}_{self.name}"
+
+    @cached_property
+    def sections(self) -> dict[str, str]:
+        """Paragraphs of the docstring by their first word, `Claim: …`, on one line each."""
+        text = inspect.cleandoc(self.module.__doc__ or "")
+        found = re.findall(r"(?ms)^([A-Z][a-z ]+): (.+?)(?=\n\n|\Z)", text)
+        return {name: " ".join(body.split()) for name, body in found}
+
+    @property
+    def computed(self) -> bool:
+        """Whether it needs no runs."""
+        return hasattr(self.module, "compute")
+
+    def lines(self, size: str) -> list[list[str]]:
+        """Its sweep at a size, as override lists; none for a computed claim."""
+        return [] if self.computed else [line.split() for line in self.module.SWEEP[size]]
+
+    def code(self) -> str:
+        """SHA-256 of what decides: the claim's source."""
+        return hashlib.sha256(inspect.getsource(self.module).encode()).hexdigest()
+
+    def verdict(self, table: pd.DataFrame) -> Verdict:
+        """Decide from a table."""
+        found: Verdict = self.module.verdict(table)
+        return found
+
+
+def claims(wanted: Sequence[str] = ()) -> list[Claim]:
+    """The claims of these ids (all, if none are given), in the order of the ledger.
+
+    Raises
+    ------
+    WrongInput
+        For an id that is none.
+    """
+    package = importlib.import_module("experiments.claims")
+    stems = {
+        m.name.partition("_")[0].upper(): m.name for m in pkgutil.iter_modules(package.__path__)
+    }
+    for one in wanted:
+        if one.upper() not in stems:
+            raise unknown("claim", one, stems)
+    chosen = {one.upper() for one in wanted} or set(stems)
+    ids = sorted(chosen, key=lambda i: (i[0], int(i[1:])))
+    return [
+        Claim(
+            i, stems[i].partition("_")[2], importlib.import_module(f"{package.__name__}.{stems[i]}")
+        )
+        for i in ids
+    ]
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def table_of(claim: Claim, size: str, results: Path, run_ids: Sequence[str]) -> pd.DataFrame:
+    """What decides a claim, from its runs or by computing it.
+
+    The frame has the columns `run_id` (empty for a computed claim) and `commit` of the code that
+    made each row.
+    """
+    if claim.computed:
+        from lora_lab.execution import source_state
+
+        parts = [claim.module.compute(size, seed).assign(seed=seed) for seed in range(SEEDS[size])]
+        table = pd.concat(parts, ignore_index=True)
+        return table.assign(run_id="", commit=source_state()["git_commit"])
+    found = Found(Store(results), run_ids)
+    table = claim.module.rows(found)
+    commits = found.runs.set_index("run_id")["git_commit"]
+    # A row about several runs names them joined by '+'.
+    first = table["run_id"].str.partition("+")[0]
+    return table.assign(commit=first.map(commits).to_numpy())
+
+
+def as_csv(table: pd.DataFrame) -> str:
+    """The table as it is committed: a verdict is computed from what this text says, no more."""
+    return table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+
+
+def read_csv(text: str) -> pd.DataFrame:
+    """A committed table; empty text stays text."""
+    return pd.read_csv(io.StringIO(text), keep_default_na=True, dtype={"run_id": str})
+
+
+# ---- the ledger ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A claim's place in a ledger folder (`results/claims`)."""
+
+    claim: Claim
+    folder: Path
+
+    def path(self, ending: str) -> Path:
+        """The file with the ending json, csv or png."""
+        return self.folder / f"{self.claim.stem}.{ending}"
+
+    @cached_property
+    def stored(self) -> dict[str, Any] | None:
+        """Content of its JSON, None where it is not decided yet."""
+        path = self.path("json")
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    @property
+    def stale(self) -> str:
+        """Why the stored verdict no longer holds: `table` or `code` changed; '' if it does."""
+        if self.stored is None:
+            return ""
+        csv = self.path("csv")
+        if not csv.is_file() or _sha(csv.read_text()) != self.stored["inputs"]:
+            return "table"
+        return "" if self.claim.code() == self.stored["code"] else "code"
+
+    def decide(self, table: pd.DataFrame, size: str) -> Verdict:
+        """Compute verdict and figure from a table and write all three files."""
+        text = as_csv(table)
+        table = read_csv(text)
+        found = self.claim.verdict(table)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path("csv").write_text(text)
+        picture = self.claim.module.figure(table)
+        picture.savefig(self.path("png"), dpi=100, metadata={"Software": None})
+        content = {"id": self.claim.id, "name": self.claim.name, "size": size}
+        content |= _plain(asdict(found)) | {"inputs": _sha(text), "code": self.claim.code()}
+        content["command"] = f"lora-lab claims {self.claim.id} --size {size}"
+        self.path("json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return found
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what is missing is null."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [one(v) for v in value]
+        if hasattr(value, "item"):
+            value = value.item()
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: one(value) for name, value in values.items()}
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def index(entries: Iterable[Entry]) -> str:
+    """results/claims/README.md: every claim with its verdict, sentence, interval and figure."""
+    lines = [
+        "# Claims ledger",
+        "",
+        "Each verdict is computed by the claim's file from the CSV beside it; `lora-lab claims ID`",
+        "makes both again.",
+        "",
+        "| claim | verdict | what was found | effect [95 %] | seeds | figure | command |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        claim, stored = entry.claim, entry.stored
+        stated = f"**{claim.id}** {claim.sections['Claim']}"
+        if stored is None:
+            lines.append(f"| {stated} | not run yet | | | | | `lora-lab claims {claim.id}` |")
+            continue
+        outcome = stored["outcome"] + (f" (stale: {entry.stale})" if entry.stale else "")
+        effect = "" if stored["effect"] is None else f"{stored['effect']:.3g}"
+        low, high = stored["interval"]
+        effect += "" if low is None else f" [{low:.3g}, {high:.3g}]"
+        picture, data = (entry.path(e).name for e in ("png", "csv"))
+        lines.append(
+            f"| {stated} | {outcome} | {stored['said']} | {effect} | {stored['n_seeds']} "
+            f"| [figure]({picture}) · [table]({data}) | `{stored['command']}` |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def need_size(size: str) -> None:
+    """Refuse a size that is none."""
+    if size not in SIZES:
+        raise WrongInput(f"--size must be {' or '.join(SIZES)}; got {size!r}.")
