@@ -178,6 +178,11 @@ def test_equal_pairs_differ_in_nothing_and_one_pair_says_nothing() -> None:
     assert math.isnan(paired([0.5], [0.4]).p)
 
 
+def test_equal_values_have_a_slope_of_zero_without_doubt() -> None:
+    fit = slope([0.0, 1.0, 2.0], [5.0, 5.0, 5.0])
+    assert (fit.slope, fit.low, fit.high) == (0.0, 0.0, 0.0)
+
+
 def test_the_number_of_units_is_the_first_that_suffices() -> None:
     n = units_needed(effect=0.02, sd=0.015)
     assert power(0.02, 0.015, n) >= 0.8 > power(0.02, 0.015, n - 1)

@@ -90,7 +90,9 @@ def slope(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Slope:
     if np.ptp(a) == 0:
         raise WrongInput(f"x must vary to fit a slope; got {len(a)} times {a[0]:g}.")
     fit = linregress(a, b)
-    half = float(student.ppf((1 + level) / 2, len(a) - 2) * fit.stderr)
+    # scipy has no error of a slope of equal values.
+    error = fit.stderr if np.ptp(b) else 0.0
+    half = float(student.ppf((1 + level) / 2, len(a) - 2) * error)
     value = float(fit.slope)
     return Slope(value, value - half, value + half, float(fit.intercept), len(a))
 
