@@ -383,6 +383,10 @@ def test_methods_are_drawn_once_each_with_every_seed_and_from_four_adapters_on()
         x for line in axes[0].lines if line.get_marker() == "." for x in line.get_xdata()
     ]
     assert sorted(drawn_scores) == sorted(tables.runs["score"])
+    upright = [line.get_xdata()[0] for line in axes[0].lines if line.get_marker() == "None"
+               and len(set(line.get_xdata())) == 1]  # fmt: skip
+    ends = tables.runs.groupby("adapter")["score"].mean()
+    assert upright == pytest.approx([ends["head"], ends["full"]])
     means = [float(line.get_xdata()[0]) for line in axes[0].lines if line.get_marker() == "o"]
     assert means == sorted(means)
 

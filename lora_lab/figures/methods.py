@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lab.figures import COLOURS, WIDTH, Tables, canvas, figure, final, finish, score_bands
+from lora_lab.figures import COLOURS, WIDTH, Tables, canvas, figure, final, finish
 from lora_lab.stats import t_interval
 
 TITLE = "Methods side by side"
@@ -19,7 +19,7 @@ MOST = 60
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     """Finished runs of the most frequent model and data, with the column `setting`.
 
-    A setting is the adapter and those of its fields in which runs of that adapter differ.
+    A setting is the adapter and those of its fields that differ from what most of its runs have.
 
     Examples
     --------
@@ -27,7 +27,7 @@ def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     ...     "model": "m", "data": "d", "adapter": ["full", "lora", "lora"],
     ...     "adapter.init": [None, "pissa", "kaiming"], "adapter.r": [None, 8, 8]})
     >>> labelled(runs)["setting"].to_list()
-    ['full', 'lora, init=pissa', 'lora, init=kaiming']
+    ['full', 'lora, init=pissa', 'lora']
     """
     done = runs[(runs["status"] == "done") & np.isfinite(runs["score"].astype("float64"))]
     if done.empty:
@@ -38,15 +38,12 @@ def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for adapter, own in done.groupby("adapter", sort=False):
         differ = [c for c in fields if own[c].nunique(dropna=False) > 1]
-        words = own[differ].apply(
-            lambda row: "".join(
-                f", {name.partition('.')[2]}={_short(value)}"
-                for name, value in row.items()
-                if pd.notna(value) and value != ""
-            ),
-            axis=1,
-        )
-        parts.append(own.assign(setting=f"{adapter}" + (words if differ else "")))
+        words = pd.Series("", index=own.index)
+        for name in differ:
+            other = own[name].notna() & (own[name] != own[name].mode(dropna=False)[0])
+            said = f", {name.partition('.')[2]}=" + own[name].map(_short)
+            words = words.where(~other, words + said)
+        parts.append(own.assign(setting=str(adapter) + words))
     return pd.concat(parts).loc[done.index]
 
 
@@ -75,7 +72,13 @@ def methods(tables: Tables) -> Figure | None:
     ranks = final(rows, runs["run_id"]).groupby("run_id")["value"].mean()
     runs = runs.assign(rank=runs["run_id"].map(ranks.to_dict()))
     drawn, [axes] = canvas(WIDTH, 1.4 + 0.24 * len(order), 1, 3, sharey=True)
-    score_bands(axes[0], runs)
+    for method in ("head", "full"):
+        scores = runs.loc[runs["adapter"] == method, "score"]
+        if len(scores):
+            mean, low, high = t_interval(scores)
+            axes[0].axvline(mean, color=COLOURS[method], linewidth=1.5, linestyle=(0, (5, 2)))
+            if np.isfinite(low):
+                axes[0].axvspan(low, high, color=COLOURS[method], alpha=0.13, linewidth=0)
     for y, setting in enumerate(order):
         own = runs[runs["setting"] == setting]
         colour = COLOURS.get(own["adapter"].iloc[0], COLOURS["lora"])
