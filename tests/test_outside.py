@@ -321,7 +321,8 @@ def test_one_thread_and_many_and_processes_give_one_table(
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background job's children lack
 from lora_lab import cli, outside, tasks
 tasks.ALONE, write = 0, tasks.Kept.write
 def slowly(self, number, result):
