@@ -31,11 +31,10 @@ from typing import Any
 
 import pandas as pd
 
-from lora_lab.registry import WrongInput, unknown
+from lora_lab.registry import unknown
 from lora_lab.stats import Interval
 from lora_lab.store import Store, Tables
 
-SIZES = ("smoke", "paper")
 OUTCOMES = ("supported", "refuted", "mixed", "unresolved")
 SEEDS = {"smoke": 1, "paper": 5}
 """How often `compute` is called, with seed 0, 1 …"""
@@ -324,9 +323,3 @@ def index(entries: Iterable[Entry]) -> str:
             f"| [figure]({picture}) · [table]({data}) | `{stored['command']}` |"
         )
     return "\n".join(lines) + "\n"
-
-
-def need_size(size: str) -> None:
-    """Refuse a size that is none."""
-    if size not in SIZES:
-        raise WrongInput(f"--size must be {' or '.join(SIZES)}; got {size!r}.")

@@ -214,20 +214,18 @@ def run_here(one: Planned, host: Host) -> str:
     from lora_lab.execution import follow, source_state
 
     store = Store(host.results, create=True)
-    status = ""
+    status = {}
     for each in left([each for wave in in_order([one]) for each in wave], store):
         own, run = whole(host, each is not one), store.run(each.run_id)
         if int(os.environ.get("RANK", "0")) > 0:
             follow(each.config, own, store, run)
-            status = "done"
+            status[each.run_id] = "done"
             continue
         with _held(run):
             if not run.done:
                 with _logged(run):
-                    status = attempt(each.config, own, store, run, source_state(), "")
-            else:
-                status = ""
-    return status or finished_status(store, one.run_id)
+                    status[each.run_id] = attempt(each.config, own, store, run, source_state(), "")
+    return status.get(one.run_id) or finished_status(store, one.run_id)
 
 
 # ---- in the sweep's process -------------------------------------------------------------------

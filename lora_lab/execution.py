@@ -245,8 +245,7 @@ def record_update(setup: Setup, run: RunDir, spectra: Mapping[str, Spectrum], ho
         layer: len(tensors[f"{layer}.A"]) for layer in setup.adapted if f"{layer}.A" in tensors
     }
     if ranks and len(ranks) == len(setup.adapted):
-        scales = {layer: float(tensors[f"{layer}.scale"]) for layer in ranks}
-        sizes = {layer: (r, scales[layer] * r) for layer, r in ranks.items()}
+        sizes = {n: (r, float(tensors[f"{n}.scale"]) * r) for n, r in ranks.items()}
         names = setup.config.model.shapes(setup.config.data)
         run.write_json(
             "adapter_config", lora_config(sizes, names, base_model_name_or_path=_base_name(setup))

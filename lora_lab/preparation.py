@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_lab.adapters import Adapted, attach, compute_in, layer_seed
+from lora_lab.adapters import Adapted, attach, compute_in, layer_seed, weight_of
 from lora_lab.config import Host, RunConfig
 from lora_lab.data import Problem
 from lora_lab.linalg import Update
@@ -124,20 +124,13 @@ def prepare(
     return Setup(config, problem, model, adapted, splits, accelerator, steps, base)
 
 
-def weight_of(base: nn.Module, layer: str) -> torch.Tensor:
-    """The weight of a linear layer as a view (out, in); Conv1D stores it transposed."""
-    module = base.get_submodule(layer)
-    weight: torch.Tensor = module.weight.data
-    return weight if isinstance(module, nn.Linear) else weight.T
-
-
 def restore(base: nn.Module, shapes: Mapping[str, tuple[int, int]], left: Trained) -> None:
     """Put a pretrained network into the state in which a run, after those before it, left it."""
     if left.before is not None:
         restore(base, shapes, left.before)
     quantize_blocks(base, shapes, left.quantize)
     for layer, update in left.updates.items():
-        weight = weight_of(base, layer)
+        weight = weight_of(base.get_submodule(layer))
         weight += torch.from_numpy(update.dense()).to(weight)
     for name, array in left.others.items():
         base.get_parameter(name).data.copy_(torch.from_numpy(array))
@@ -146,7 +139,7 @@ def restore(base: nn.Module, shapes: Mapping[str, tuple[int, int]], left: Traine
 def quantize_blocks(base: nn.Module, shapes: Mapping[str, tuple[int, int]], kind: str) -> None:
     """Replace the linear weights in the blocks by what a storage gives back (`none`: nothing)."""
     for layer in select("all", shapes) if kind != "none" else ():
-        weight = weight_of(base, layer)
+        weight = weight_of(base.get_submodule(layer))
         weight.copy_(torch.from_numpy(quantize(weight.numpy(), kind)))
 
 

@@ -38,8 +38,8 @@ class Place:
     material : mapping of str to Any
         What the method `needs`: `gradient`, the mean gradient of the loss at the base weight, and
         `activations`, E[x xᵀ] of the layer's inputs, both float64 Tensors from the first batches;
-        `reference`, the update of the run that `adapter.reference` names, absent for layers that
-        it did not change.
+        `reference`, the update of the run that `adapter.reference` names, None where it did not
+        change the layer.
     """
 
     layer: str
@@ -50,13 +50,19 @@ class Place:
     @property
     def W0(self) -> torch.Tensor:
         """The base weight (out, in), detached, in its own dtype."""
-        weight = self.linear.weight.detach()
-        return weight if isinstance(self.linear, nn.Linear) else weight.T.contiguous()
+        return weight_of(self.linear).contiguous()
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return (self.W0.shape[0], self.W0.shape[1])
+        out, inner = weight_of(self.linear).shape
+        return out, inner
+
+
+def weight_of(linear: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as a detached view (out, in); Conv1D stores it transposed."""
+    weight: torch.Tensor = linear.weight.detach()
+    return weight if isinstance(linear, nn.Linear) else weight.T
 
 
 class Adapted(nn.Module, ABC):

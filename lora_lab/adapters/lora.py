@@ -127,11 +127,11 @@ class LoRALayer(Adapted):
         return self.A, self.scale * self.B, 1.0
 
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        x = computed(x)
         A, B, scale = self.scaled()
         frozen = self.residual if self.subtracted else self.W0
         if not self.dropout:
             return low_rank(x, frozen, self.bias, (A, B, scale))
+        x = computed(x)
         seen = F.dropout(x, self.dropout, self.training)
         return linear(x, frozen, self.bias) + linear(linear(seen, A, None), scale * B, None)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lora_lab.checkpoints import Job
-from lora_lab.checkpoints.write import encoded
+from lora_lab.checkpoints.peft import CONFIG, WEIGHTS
+from lora_lab.checkpoints.write import encoded, write_tensors
 from lora_lab.convert.folder import over_layers
 from lora_lab.linalg import Dense, Factored, Spectrum, Update, decompose
 from lora_lab.linalg.factored import ROUNDOFF, Array, frobenius
@@ -19,6 +22,7 @@ from lora_lab.linalg.rounding import rounded
 from lora_lab.linalg.spectrum import in_range
 from lora_lab.measures import share_rank
 from lora_lab.registry import WrongInput, unknown
+from lora_lab.store.files import write_bytes
 from lora_lab.tasks import Result, Tell
 from lora_lab.tensorfile import StoredTensor
 
@@ -110,6 +114,19 @@ def cut_all(cuts: Sequence[Cut], tell: Tell) -> list[Result]:
             raise unknown("dtype", one.dtype, ROUNDOFF)
     jobs = [one.job for one in cuts]
     return over_layers(cut, [(one,) for one in cuts], jobs, TENSORS, tell)
+
+
+def finish(
+    folder: Path,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    cuts: Iterable[Cut],
+) -> None:
+    """Write the two files of an adapter from what `cut_all` left, which then goes."""
+    write_tensors(folder / WEIGHTS, tensors)
+    write_bytes(folder / CONFIG, json.dumps(content, indent=2).encode())
+    for one in cuts:
+        one.part.unlink(missing_ok=True)
 
 
 def cut(one: Cut) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Collection, Mapping
@@ -14,14 +13,12 @@ import pandas as pd
 
 from lora_lab.checkpoints import Job
 from lora_lab.checkpoints.names import layer_of, to_base
-from lora_lab.checkpoints.peft import CONFIG, WEIGHTS
 from lora_lab.checkpoints.tuned import equal, tuned_jobs
-from lora_lab.checkpoints.write import factor_names, lora_config, whole_name, write_tensors
-from lora_lab.convert.cut import Cut, Size, cut_all
+from lora_lab.checkpoints.write import factor_names, lora_config, whole_name
+from lora_lab.convert.cut import Cut, Size, cut_all, finish
 from lora_lab.convert.folder import new_folder
 from lora_lab.layers import depth_of, natural
 from lora_lab.registry import WrongInput, unknown
-from lora_lab.store.files import write_bytes
 from lora_lab.targets import role
 from lora_lab.tasks import Tell
 from lora_lab.tensorfile import (
@@ -114,10 +111,7 @@ def extract(
             "fan_in_fan_out": bool(plan.turned & changed.keys()),
         }
         content = lora_config({n: (r, r) for n, r in changed.items()}, plan.modules, **more)
-        write_tensors(folder / WEIGHTS, tensors)
-        write_bytes(folder / CONFIG, json.dumps(content, indent=2).encode())
-        for one in cuts.values():
-            one.part.unlink(missing_ok=True)
+        finish(folder, content, tensors, cuts.values())
     _warn(plan, others, chosen)
     return pd.DataFrame(rows.values())
 

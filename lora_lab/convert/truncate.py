@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -23,13 +22,12 @@ from lora_lab.checkpoints.peft import (
     oriented,
     read_whole_adapter,
 )
-from lora_lab.checkpoints.write import factor_names, lora_config, whole_name, write_tensors
-from lora_lab.convert.cut import Cut, Size, cut_all
+from lora_lab.checkpoints.write import factor_names, lora_config, whole_name
+from lora_lab.convert.cut import Cut, Size, cut_all, finish
 from lora_lab.convert.folder import new_folder
 from lora_lab.layers import natural
 from lora_lab.linalg.factored import coarser
 from lora_lab.registry import WrongInput
-from lora_lab.store.files import write_bytes
 from lora_lab.tasks import Tell
 from lora_lab.tensorfile import (
     StoredTensor,
@@ -115,10 +113,7 @@ def truncate(
         config = read_json(source / CONFIG)
         more = {key: config[key] for key in KEPT if key in config}
         content = lora_config({n: (r, r) for n, r in kept.items()}, jobs, **more)
-        write_tensors(folder / WEIGHTS, tensors)
-        write_bytes(folder / CONFIG, json.dumps(content, indent=2).encode())
-        for one in cuts.values():
-            one.part.unlink(missing_ok=True)
+        finish(folder, content, tensors, cuts.values())
     if held.config.notes:
         warnings.warn("; ".join(held.config.notes) + ".", stacklevel=2)
     return pd.DataFrame(rows.values())

@@ -290,8 +290,12 @@ def finish(drawn: Figure, title: str, note: str) -> Figure:
     return drawn
 
 
-def score_bands(ax: Axes, runs: pd.DataFrame) -> list[tuple[float, str, Any]]:
-    """Floor and ceiling of a score: head and full as lines with interval bands; their labels."""
+def score_bands(ax: Axes, runs: pd.DataFrame, across: bool = False) -> list[tuple[float, str, Any]]:
+    """Floor and ceiling of a score: head and full as lines with interval bands; their labels.
+
+    Scores are on the y axis, or with `across` on the x axis.
+    """
+    line, band = (ax.axvline, ax.axvspan) if across else (ax.axhline, ax.axhspan)
     labels: list[tuple[float, str, Any]] = []
     for method in ("head", "full"):
         scores = runs.loc[runs["adapter"] == method, "score"]
@@ -299,8 +303,8 @@ def score_bands(ax: Axes, runs: pd.DataFrame) -> list[tuple[float, str, Any]]:
             mean, low, high = t_interval(scores)
             colour = COLOURS[method]
             if np.isfinite(low):
-                ax.axhspan(low, high, color=colour, alpha=0.13, linewidth=0)
-            ax.axhline(mean, color=colour, linewidth=1.5, linestyle=(0, (5, 2)))
+                band(low, high, color=colour, alpha=0.13, linewidth=0)
+            line(mean, color=colour, linewidth=1.5, linestyle=(0, (5, 2)))
             labels.append((mean, f"{METHODS[method]} {mean:.3f}", colour))
     return labels
 

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lab.figures import COLOURS, WIDTH, Tables, canvas, figure, final, finish
+from lora_lab.figures import COLOURS, WIDTH, Tables, canvas, figure, final, finish, score_bands
 from lora_lab.stats import t_interval
 
 TITLE = "Methods side by side"
@@ -72,13 +72,7 @@ def methods(tables: Tables) -> Figure | None:
     ranks = final(rows, runs["run_id"]).groupby("run_id")["value"].mean()
     runs = runs.assign(rank=runs["run_id"].map(ranks.to_dict()))
     drawn, [axes] = canvas(WIDTH, 1.4 + 0.24 * len(order), 1, 3, sharey=True)
-    for method in ("head", "full"):
-        scores = runs.loc[runs["adapter"] == method, "score"]
-        if len(scores):
-            mean, low, high = t_interval(scores)
-            axes[0].axvline(mean, color=COLOURS[method], linewidth=1.5, linestyle=(0, (5, 2)))
-            if np.isfinite(low):
-                axes[0].axvspan(low, high, color=COLOURS[method], alpha=0.13, linewidth=0)
+    score_bands(axes[0], runs, across=True)
     for y, setting in enumerate(order):
         own = runs[runs["setting"] == setting]
         colour = COLOURS.get(own["adapter"].iloc[0], COLOURS["lora"])

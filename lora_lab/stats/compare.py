@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 from scipy.stats import t as student
 
 from lora_lab.registry import WrongInput
-from lora_lab.stats.intervals import need_units
+from lora_lab.stats.intervals import need_units, t_interval
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,15 @@ def paired(
     n = len(d)
     if n == 0:
         raise WrongInput("a comparison needs at least one pair; got none.")
-    mean = float(d.mean())
+    mean, low, high = t_interval(d, level)
     if n == 1:
-        return Comparison(mean, math.nan, math.nan, math.nan, math.nan, 1)
+        return Comparison(mean, low, high, math.nan, math.nan, 1)
     sd = float(d.std(ddof=1))
+    if sd == 0:
+        return Comparison(mean, low, high, float(mean == null), 0.0, n)
     error = sd / math.sqrt(n)
-    half = float(student.ppf((1 + level) / 2, n - 1)) * error
-    if error == 0:
-        return Comparison(mean, mean, mean, float(mean == null), 0.0, n)
     p = float(2 * student.sf(abs(mean - null) / error, n - 1))
-    return Comparison(mean, mean - half, mean + half, p, sd, n)
+    return Comparison(mean, low, high, p, sd, n)
 
 
 def equivalence(one: ArrayLike, other: ArrayLike | float, margin: float) -> float:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import OptimizeWarning, curve_fit
-from scipy.stats import linregress
 from scipy.stats import t as student
 
 from lora_lab.registry import WrongInput
@@ -89,12 +88,7 @@ def slope(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Slope:
         )
     if np.ptp(a) == 0:
         raise WrongInput(f"x must vary to fit a slope; got {len(a)} times {a[0]:g}.")
-    fit = linregress(a, b)
-    # scipy has no error of a slope of equal values.
-    error = fit.stderr if np.ptp(b) else 0.0
-    half = float(student.ppf((1 + level) / 2, len(a) - 2) * error)
-    value = float(fit.slope)
-    return Slope(value, value - half, value + half, float(fit.intercept), len(a))
+    return blocked_slope(a, b, [0] * len(a), level)
 
 
 def blocked_slope(
