@@ -8,8 +8,11 @@ any run what decides it; it defines
     compute(size, seed) -> DataFrame                 instead of both, for claims without runs
     verdict(table) -> Verdict                        from that table alone
     figure(table) -> Figure
+    made(outcome, rng) -> DataFrame                  a table of which the outcome is known
+    WEIGHTS = True                                   where `rows` reads the runs' updates
 
-A verdict is computed, never typed. Its whole input is committed beside it as CSV.
+A verdict is computed, never typed. Its whole input is committed beside it as CSV. `made` gives the
+tests tables in which the claim is true or false by construction, or that tell too little.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from typing import Any
 
 import pandas as pd
 
+from lora_lab.linalg import Update
+from lora_lab.measuring import Final, finals_of, kept
 from lora_lab.registry import unknown
 from lora_lab.stats import Interval
 from lora_lab.store import Store, Tables
@@ -128,6 +133,14 @@ class Found(Tables):
         """Those of the claim's runs alone."""
         return {i: r for i, r in super().records.items() if i in self._chosen}
 
+    def updates(self, run_id: str) -> dict[str, Update]:
+        """Final update of every layer of a run whose weights are kept, see `WEIGHTS`."""
+        return kept(self.store.run(run_id))[0]
+
+    def finals(self, run_id: str) -> dict[str, Final]:
+        """Final spectrum of every layer with its vectors, and W0 and its spectrum (`.given`)."""
+        return finals_of(self.store, self.store.run(run_id))
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -160,6 +173,11 @@ class Claim:
     def computed(self) -> bool:
         """Whether it needs no runs."""
         return hasattr(self.module, "compute")
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it reads the updates of its runs, not only their tables."""
+        return bool(vars(self.module).get("WEIGHTS", False))
 
     def lines(self, size: str) -> list[list[str]]:
         """Its sweep at a size, as override lists; none for a computed claim."""

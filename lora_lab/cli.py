@@ -71,6 +71,11 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     add("runs", "the table of runs", runs)
     add("report", "write results/report.html", report)
     weights.enter(add)
+    one = add("claims", "decide claims about LoRA: run what is missing, verdict, figure", claims)
+    one.add_argument("words", nargs="*", metavar="ID", help="such as A1 C4 (none: all); host.KEY=…")
+    about = "paper (default): what is committed; smoke: seconds, says nothing about a claim"
+    one.add_argument("--size", metavar="SIZE", default="paper", help=about)
+    one.add_argument("--list", action="store_true", help="what is decided, and what is left to run")
     return top, commands
 
 
@@ -181,6 +186,15 @@ def plan(given: argparse.Namespace) -> int:
     planned, host = _planned(given.name, host_overrides(given))
     console().print(plan_table(given.name, planned, host))
     return OK
+
+
+def claims(given: argparse.Namespace) -> int:
+    """Decide claims, or list them."""
+    from lora_lab.deciding import decide
+
+    given.overrides = [word for word in given.words if "=" in word]
+    ids = [word for word in given.words if "=" not in word]
+    return decide(ids, given.size, host_overrides(given), only_list=given.list)
 
 
 # ---- commands that read -----------------------------------------------------------------------

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -250,7 +250,7 @@ def in_order(planned: Iterable[Planned]) -> list[list[Planned]]:
     return waves
 
 
-def left(planned: Iterable[Planned], store: Store) -> list[Planned]:
+def left(planned: Iterable[Planned], store: Store, weighed: Collection[str] = ()) -> list[Planned]:
     """The runs that still have to be trained.
 
     A finished run on disk is checked against its checksums first; a corrupt one is set aside and
@@ -261,6 +261,8 @@ def left(planned: Iterable[Planned], store: Store) -> list[Planned]:
     ----------
     planned : iterable of Planned
         Runs that others start from come first, as `in_order` gives them.
+    weighed : collection of run_id
+        Runs whose weights are asked for: a packed one counts as not done.
 
     Raises
     ------
@@ -280,10 +282,10 @@ def left(planned: Iterable[Planned], store: Store) -> list[Planned]:
                 )
             run = store.run(one.run_id)
             bad = run.verify() if run.done else []
-            if not bad:
-                continue
-            _quarantine(run, f"checksum of {', '.join(bad)} differs")
-            if one.run_id in packed:
+            if bad:
+                _quarantine(run, f"checksum of {', '.join(bad)} differs")
+            stands = one.run_id in packed and one.run_id not in weighed
+            if stands or (run.done and not bad):
                 continue
         todo.add(one.run_id)
     for one in reversed(planned):
@@ -337,7 +339,13 @@ def _handled_by(handler: Any) -> Iterator[None]:
 
 
 @_stoppable()
-def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -> Summary:
+def sweep(
+    name: str,
+    planned: Sequence[Planned],
+    host: Host,
+    watcher: Watcher,
+    weighed: Collection[str] = (),
+) -> Summary:
     """Do every run that is not done yet.
 
     Parameters
@@ -348,6 +356,8 @@ def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -
     host : Host
         `workers` processes at once, `threads` each.
     watcher : Watcher
+    weighed : collection of run_id
+        Runs whose weights are asked for, see `left`.
 
     Raises
     ------
@@ -366,7 +376,7 @@ def sweep(name: str, planned: Sequence[Planned], host: Host, watcher: Watcher) -
             "that many are meant."
         )
     store = Store(host.results, create=True)
-    todo = {one.run_id for one in left(every, store)}
+    todo = {one.run_id for one in left(every, store, weighed)}
     store.write_sweep(name, [one.run_id for one in planned])
     summary = Summary(skipped={one.run_id for one in every} - todo)
     cores = os.cpu_count() or 1

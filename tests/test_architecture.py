@@ -26,7 +26,7 @@ FLOORS = {
     4: "material preparation training evaluation execution hydra_bridge outside convert"
     " composition",
     5: "engine report",
-    6: "cli claims weights display progress",
+    6: "cli claims deciding weights display progress",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
@@ -42,7 +42,12 @@ HOMES = {
     "pebble": ("lora_lab/engine.py",),
     "jinja2": ("lora_lab/report/",),
     "plotly": ("lora_lab/report/",),
-    "rich": ("lora_lab/weights.py", "lora_lab/display.py", "lora_lab/progress.py"),
+    "rich": (
+        "lora_lab/weights.py",
+        "lora_lab/deciding.py",
+        "lora_lab/display.py",
+        "lora_lab/progress.py",
+    ),
     "scipy": (
         "lora_lab/linalg/",
         "lora_lab/measures/",

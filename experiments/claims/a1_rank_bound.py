@@ -82,6 +82,15 @@ def verdict(table: pd.DataFrame) -> Verdict:
     return Verdict("refuted" if wrong else "supported", said, wrong, n_seeds=seeds, effect=wrong)
 
 
+def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:
+    """One product above the bound refutes."""
+    ranks = rng.integers(1, 9, 20)
+    table = pd.DataFrame({"r": 8, "rank_B": ranks, "rank_A": 8, "rank_BA": ranks, "seed": 0})
+    if outcome == "refuted":
+        table.loc[3, "rank_BA"] += 1
+    return table if outcome in ("supported", "refuted") else None
+
+
 def figure(table: pd.DataFrame) -> Any:
     """Rank of the product against the smaller rank of a factor."""
     picture, [[axes]] = canvas(5, 4)

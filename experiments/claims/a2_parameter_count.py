@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lora_lab.adapters import ADAPTERS
@@ -79,6 +80,16 @@ def verdict(table: pd.DataFrame) -> Verdict:
     )
     seeds = table["seed"].nunique()
     return Verdict(together(outcomes), said, float(holds.mean()), n_seeds=seeds, effect=len(wrong))
+
+
+def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:
+    """Counts that are wrong refute; quoted numbers of which one is wrong make it mixed."""
+    quoted = [10.0, 100.0, np.nan]
+    table = pd.DataFrame({"what": list("abc"), "r": 4, "formula": 7, "quoted": quoted, "seed": 0})
+    reductions = {"supported": [20, 200, 5], "mixed": [20, 50, 5], "refuted": [1, 1, 5]}
+    if outcome not in reductions:
+        return None
+    return table.assign(reduction=reductions[outcome], trained=7 + (outcome == "refuted"))
 
 
 def figure(table: pd.DataFrame) -> Any:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -94,6 +95,14 @@ def verdict(table: pd.DataFrame) -> Verdict:
     outcome = "supported" if equal and counted else "refuted"
     seeds, worst = table["seed"].nunique(), float(table["error"].max())
     return Verdict(outcome, said, worst, n_seeds=seeds, effect=worst)
+
+
+def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:
+    """Sides that differ refute."""
+    error = rng.uniform(1e-16, 1e-15, 4) * (1 if outcome == "supported" else 1e9)
+    table = pd.DataFrame({"d": 8, "k": 16, "r": [1, 2, 4, 8], "error": error, "seed": 0})
+    table = table.assign(multiply_adds=24 * table["r"], formula=24 * table["r"], dense=128)
+    return table.assign(time_over_dense=1.0) if outcome in ("supported", "refuted") else None
 
 
 def figure(table: pd.DataFrame) -> Any:

@@ -74,6 +74,17 @@ def verdict(table: pd.DataFrame) -> Verdict:
     return Verdict(outcome, said, share, n_seeds=table["seed"].nunique(), effect=float(overcount))
 
 
+def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:
+    """A linear space is closed under sums; a set that is neither space nor manifold refutes."""
+    if outcome == "unresolved":
+        return None
+    r = rng.integers(1, 4, 20)
+    table = pd.DataFrame({"m": 9, "n": 8, "r": r, "parameters": 17 * r, "manifold": 17 * r - r**2})
+    table["rank_of_sum"] = table["r"] * (1 if outcome == "supported" else 2)
+    dimension = table["parameters" if outcome == "refuted" else "manifold"]
+    return table.assign(dimension=dimension, same_update=1e-15, seed=0)
+
+
 def figure(table: pd.DataFrame) -> Any:
     """Dimension of the set against both formulas."""
     picture, [[axes]] = canvas(5, 4)

@@ -56,6 +56,14 @@ def _slope(table: pd.DataFrame, init: str, column: str) -> Slope:
     return slope(np.log(own["r"]), np.log(own[column]))
 
 
+def _within(found: Slope, exponent: float, margin: float = 0.1) -> str:
+    """Whether the whole interval lies within a margin of an exponent, or the whole outside."""
+    low, high = found.low - exponent, found.high - exponent
+    if -margin < low and high < margin:
+        return "supported"
+    return "refuted" if low > margin or high < -margin else "unresolved"
+
+
 def verdict(table: pd.DataFrame) -> Verdict:
     """Four parts: growth, independence, the alternative, no perturbation."""
     grows = _slope(table, "symmetric", "entry")
@@ -63,21 +71,30 @@ def verdict(table: pd.DataFrame) -> Verdict:
     peft = _slope(table, "peft_gaussian", "inner")
     still = table.groupby("init")["entry"].max()
     zeros = [name for name in NAMES if name != "symmetric" and still[name] == 0]
-    parts = [
-        grows.low > 0.9 and grows.high < 1.1,
-        flat.low > -0.1 and flat.high < 0.1,
-        len(zeros) == len(NAMES) - 1,
-    ]
+    alone = "supported" if len(zeros) == len(NAMES) - 1 else "refuted"
+    parts = [_within(grows, 1.0), _within(flat, 0.0), alone]
     said = (
         f"E[(BA)²] grows as r^{grows.slope:.2f} when both are random; ‖Ax‖² goes as "
         f"r^{flat.slope:.2f} for N(0, 1/r), r^{kaiming.slope:.2f} for Kaiming and "
         f"r^{peft.slope:.2f} for PEFT's gaussian: three conventions, not one; only a zero factor "
         f"({len(zeros)} of {len(NAMES)} inits) leaves the start alone."
     )
-    outcome = together("supported" if part else "refuted" for part in parts)
+    outcome = together(parts)
     seeds = table["seed"].nunique()
     interval = (grows.low, grows.high)
     return Verdict(outcome, said, grows.slope, interval, n_seeds=seeds, effect=grows.slope)
+
+
+def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:
+    """Variances that go with r as the claim says, or do not, or scatter too widely to tell."""
+    table = pd.DataFrame([{"init": name, "r": r} for name in NAMES for r in RANKS])
+    noise = np.exp(rng.normal(0, 2.0 if outcome == "unresolved" else 0.005, len(table)))
+    wrong, both = outcome == "refuted", table["init"] == "symmetric"
+    entry = pd.Series(noise) if wrong else table["r"] * noise
+    table["entry"] = entry.where(both | wrong, 0.0)
+    flat = (table["init"] == "normal") & (outcome in ("supported", "unresolved"))
+    table["inner"] = noise * table["r"].where(~flat, 1)
+    return table.assign(seed=0)
 
 
 def figure(table: pd.DataFrame) -> Any:
