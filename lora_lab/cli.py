@@ -65,6 +65,16 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         one = add(name, about, run)
         one.add_argument("name", metavar="NAME", nargs="?", help="a file of conf/sweep")
         overrides(one)
+    one = add("suggest-rank", "the r that LoRA needs for your model and data, and why", suggest)
+    about = "the model and data to probe, or ids of finished full runs"
+    one.add_argument("words", nargs="*", metavar="key=value|RUN", help=about)
+    one.add_argument("--base", metavar="DIR", help="instead: folder of a base model, and")
+    one.add_argument("--tuned", metavar="DIR", help="of the model that was tuned from it")
+    about = "score that a truncation, and LoRA, may lose (default: 0.02)"
+    one.add_argument("--margin", metavar="X", type=float, default=0.02, help=about)
+    about = "folder for adapter_config.json (default: suggestion)"
+    one.add_argument("--out", metavar="DIR", default="suggestion", help=about)
+    one.add_argument("--verify", action="store_true", help="train LoRA with it: PASS or FAIL")
     add("measure", "take missing measures of finished runs, without training", measure)
     add("pack", "write finished runs' tables to results/ledger", pack_runs)
     add("status", "how many runs are done, running, failed …", status)
@@ -195,6 +205,43 @@ def claims(given: argparse.Namespace) -> int:
     given.overrides = [word for word in given.words if "=" in word]
     ids = [word for word in given.words if "=" not in word]
     return decide(ids, given.size, host_overrides(given), only_list=given.list)
+
+
+def suggest(given: argparse.Namespace) -> int:
+    """Suggest a rank, and on request prove it."""
+    from lora_lab import suggesting
+    from lora_lab.display import heard, notes, policy_table
+    from lora_lab.progress import Display
+
+    ids = [word for word in given.words if "=" not in word]
+    given.overrides = [word for word in given.words if "=" in word]
+    words, screen, pair = host_overrides(given), console(), given.tuned is not None
+    if (given.base is None) == pair or (pair and given.words) or (ids and given.overrides):
+        raise WrongInput(
+            "suggest-rank needs one of: key=value of a model and data, ids of full runs, "
+            "--base DIR --tuned DIR."
+        )
+    if given.verify and (pair or ids):
+        raise WrongInput("--verify trains: give the model and data as key=value.")
+    if pair:
+        with heard(notes(), "suggest-rank") as progress:
+            advice = suggesting.from_pair(given.base, given.tuned, progress)
+    else:
+        with Display(notes()) as display:
+            ids, host = suggesting.probe(ids, words, display)
+        advice = suggesting.from_runs(Store(host.results), ids, host, given.margin)
+    screen.print(policy_table(advice))
+    path = suggesting.write_config(advice, Path(given.out))
+    for line in [*suggesting.said(advice), f"written for PEFT: {path}"]:
+        screen.print(line, markup=False)
+    if not given.verify:
+        return OK
+    with Display(notes()) as display:
+        tried = suggesting.verify(advice, words, display)
+    for trial in tried:
+        screen.print(trial.said(given.margin), markup=False)
+    own = suggesting.overall(advice.recommended)
+    return OK if any(t.r == own and t.passed(given.margin) for t in tried) else FAILED
 
 
 # ---- commands that read -----------------------------------------------------------------------

@@ -55,7 +55,7 @@ def jobs(ids: Sequence[str], size: str, words: Sequence[str]) -> tuple[list[Job]
         raise WrongInput(
             f"a claim fixes its runs: only host.KEY=value may be given beside its id; got {own[0]}."
         )
-    found, host = [], plan([], words)[1]
+    found, host = [], plan([[]], words)[1]
     for claim in claims(ids):
         planned, host = plan(claim.lines(size), words) if claim.lines(size) else ([], host)
         found.append(Job(claim, tuple(planned)))

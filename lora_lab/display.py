@@ -20,10 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lab.config import Host, as_dict, choice, flat
+from lora_lab.policies import overall
 from lora_lab.store import Store, Tables, load
 
 if TYPE_CHECKING:
     from lora_lab.hydra_bridge import Planned
+    from lora_lab.suggesting import Advice
 
 SHOWN = {
     "run_id": "run",
@@ -273,6 +275,18 @@ def _widest(
             shown.add_row(Text(name), *numbers)
         if fits(shown, width):
             break
+    return shown
+
+
+def policy_table(advice: Advice) -> Table:
+    """What each policy says: one r for all layers, and the range over them."""
+    shown = Table(box=box.SIMPLE_HEAD)
+    for heading in ("policy", "r", "least", "most"):
+        shown.add_column(heading, justify="left" if heading == "policy" else "right")
+    for name, ranks in advice.ranks.items():
+        mark = " (recommended)" if name == advice.chosen else ""
+        numbers = (overall(ranks), ranks.min(), ranks.max())
+        shown.add_row(Text(name + mark), *(str(n) for n in numbers))
     return shown
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -186,29 +187,38 @@ def oracle_truncation(
     splits = splits if has_head else {"test": splits["test"]}
     grid = oracle_grid(max(min(s.shape) for s in spectra.values()))
     total = sum(float((s.values**2).sum()) for s in spectra.values())
-    trained = {name: layer.W.data for name, layer in adapted.items()}
     targets = {name: targets_of(examples) for name, examples in splits.items()}
     rows: list[dict[str, float | str]] = []
-    try:
-        for k in grid:
-            for name, layer in adapted.items():
-                layer.W.data = _truncated(layer, trained[name], spectra[name], k)
+    for k in grid:
+        with truncated(adapted, spectra, k):
             seen = {name: features(model, examples) for name, examples in splits.items()}
-            found = {"trained_head": score_features(model, seen["test"], targets["test"]).score}
-            if has_head:
-                pairs = [(seen[n], targets[n]) for n in ("train", "validation", "test")]
-                found["refitted_head"] = refit(pairs[0], pairs[1], pairs[2])
-            rows += [
-                {"measure": "oracle_score", "k": float(k), "side": side, "value": value}
-                for side, value in found.items()
-            ]
-            kept = sum(float((s.values[:k] ** 2).sum()) for s in spectra.values())
-            energy = kept / total if total > 0 else float("nan")
-            rows.append({"measure": "oracle_energy", "k": float(k), "side": "", "value": energy})
+        found = {"trained_head": score_features(model, seen["test"], targets["test"]).score}
+        if has_head:
+            pairs = [(seen[n], targets[n]) for n in ("train", "validation", "test")]
+            found["refitted_head"] = refit(pairs[0], pairs[1], pairs[2])
+        rows += [
+            {"measure": "oracle_score", "k": float(k), "side": side, "value": value}
+            for side, value in found.items()
+        ]
+        kept = sum(float((s.values[:k] ** 2).sum()) for s in spectra.values())
+        energy = kept / total if total > 0 else float("nan")
+        rows.append({"measure": "oracle_energy", "k": float(k), "side": "", "value": energy})
+    return rows
+
+
+@contextmanager
+def truncated(
+    adapted: Mapping[str, FullLayer], spectra: Mapping[str, Spectrum], k: int
+) -> Iterator[None]:
+    """Every layer's weight is W0 + dW_k inside, and put back after."""
+    trained = {name: layer.W.data for name, layer in adapted.items()}
+    try:
+        for name, layer in adapted.items():
+            layer.W.data = _truncated(layer, trained[name], spectra[name], k)
+        yield
     finally:
         for name, layer in adapted.items():
             layer.W.data = trained[name]
-    return rows
 
 
 def _truncated(layer: FullLayer, W: torch.Tensor, s: Spectrum, k: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ def replication(results: Store | str | Path) -> pd.DataFrame:
         For a run with a corrupt file, which is left out.
     """
     store = results if isinstance(results, Store) else Store(results)
-    out = [row for ids in seed_groups(store) for row in _group([store.run(i) for i in ids])]
+    return replicated(store, seed_groups(store))
+
+
+def replicated(store: Store, groups: Iterable[Sequence[str]]) -> pd.DataFrame:
+    """`replication` of these groups of run_ids alone, whose runs differ in nothing but the seed."""
+    out = [row for ids in groups for row in _group([store.run(i) for i in ids])]
     kinds = {name: kind for name, (kind, _) in schema.MEASURES.items() if kind != "string"}
     return pd.DataFrame(out, columns=list(schema.MEASURES)).astype(kinds)
 

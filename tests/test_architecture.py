@@ -22,11 +22,11 @@ FLOORS = {
     1: "registry config schema stats layers targets tensorfile embedded orphans gradual linalg",
     2: "measures nulls probes inits scalings models data figures trackers store checkpoints batches"
     " injection causal",
-    3: "adapters analysis measuring tasks comparison replication",
+    3: "adapters analysis measuring tasks comparison replication policies",
     4: "material preparation training evaluation execution hydra_bridge outside convert"
     " composition",
     5: "engine report",
-    6: "cli claims deciding weights display progress",
+    6: "cli claims deciding suggesting weights display progress",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import tiny
+import torch
+from transformers import AutoModel
 
+from experiments.methods import updates
 from experiments.readme import written
+from lora_lab.adapters import ADAPTERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -57,6 +62,36 @@ def test_a_users_own_csv_with_words_as_labels_trains_by_the_command_given(tmp_pa
     pd.DataFrame(rows, columns=["review", "stars"]).to_csv(tmp_path / "my.csv", index=False)
     (command,) = commands("own-data")
     assert "done" in run(command, tmp_path)
+
+
+def test_weights_go_in_and_out_by_the_commands_given(tmp_path: Path) -> None:
+    base = tiny.folder(tmp_path / "base")
+    network = AutoModel.from_pretrained(base)
+    for name, weight in network.named_parameters():
+        if "layer" in name and weight.ndim == 2:
+            weight.data += 0.01 * torch.randn(weight.shape)
+    network.save_pretrained(tmp_path / "tuned")
+    shown = [run(words, tmp_path) for words in commands("weights")]
+    assert all("encoder.layer.1.output.dense" in text for text in shown)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.long
+def test_the_models_that_come_along_train_by_the_commands_given(tmp_path: Path) -> None:
+    for words in commands("grounds"):
+        few = [word for word in words if not word.startswith("data.train_examples")]
+        assert "done" in run([*few, "size=smoke", "train.epochs=1"], tmp_path)
+
+
+def test_the_table_of_methods_holds_each_of_them_and_every_law_passed() -> None:
+    text = README.partition("<!-- methods -->")[2].partition("<!-- /methods -->")[0]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    found = {row[0].strip("`"): row for row in rows[2:]}
+    assert list(found) == list(ADAPTERS), "python -m experiments.methods"
+    for name, row in found.items():
+        passed, of = re.fullmatch(r"(\d+) of (\d+)", row[-1]).groups()
+        assert passed == of != "0", name
+        assert row[1] == updates()[name]
 
 
 def test_the_sentences_about_results_are_computed_from_the_committed_tables() -> None:
