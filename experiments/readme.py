@@ -1,7 +1,9 @@
-"""Write the README's result sentences from the committed demo tables (`results/demo`).
+"""Write the README's result sentences from the committed demo tables (`results/demo`), and its
+table of claims from the committed verdicts (`results/claims`).
 
 lora-lab demo --results results/demo && lora-lab measure --results results/demo
 lora-lab pack --results results/demo
+lora-lab claims
 python -m experiments.readme
 """
 
@@ -9,11 +11,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora_lab.claims import Entry, claims, escaped
 from lora_lab.report.summary import sentences
 from lora_lab.store import load
 
 ROOT = Path(__file__).parents[1]
-BLOCK = "demo-summary"
+DEMO, CLAIMS = "demo-summary", "claims"
+SURPRISES = ("C1", "B5", "C4")
+"""Claims whose figures stand in the README."""
 
 
 def replaced(readme: str, block: str, content: str) -> str:
@@ -25,9 +30,26 @@ def replaced(readme: str, block: str, content: str) -> str:
 
 
 def written(readme: str) -> str:
-    """The README with its result sentences, as list items, replaced."""
+    """The README with its result sentences, and its table of claims, replaced."""
     lines = [f"- {sentence}" for sentence in sentences(load(ROOT / "results" / "demo"))]
-    return replaced(readme, BLOCK, "\n".join(lines))
+    return replaced(replaced(readme, DEMO, "\n".join(lines)), CLAIMS, ledger())
+
+
+def ledger() -> str:
+    """Claim, verdict and sentence of every decided claim, after the figures of `SURPRISES`."""
+    entries = [Entry(claim, ROOT / "results" / "claims") for claim in claims()]
+    decided = [entry for entry in entries if entry.stored]
+    lines = [
+        f"![{e.claim.sections['Claim']}]({e.path('png').relative_to(ROOT)})\n"
+        for e in decided
+        if e.claim.id in SURPRISES
+    ]
+    lines += ["| claim | verdict | what was found |", "|---|---|---|"]
+    for entry in decided:
+        stored, about = entry.stored or {}, escaped(entry.claim.sections["Claim"])
+        outcome, said = stored["outcome"], escaped(stored["said"])
+        lines.append(f"| **{entry.claim.id}** {about} | {outcome} | {said} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -124,15 +124,6 @@ def together(outcomes: Iterable[str]) -> str:
 class Found(Tables):
     """The tables of a claim's own runs, and what else the results folder keeps of them."""
 
-    def __init__(self, store: Store, run_ids: Sequence[str]) -> None:
-        super().__init__(store)
-        self._chosen = set(run_ids)
-
-    @cached_property
-    def records(self) -> dict[str, Any]:
-        """Those of the claim's runs alone."""
-        return {i: r for i, r in super().records.items() if i in self._chosen}
-
     def updates(self, run_id: str) -> dict[str, Update]:
         """Final update of every layer of a run whose weights are kept, see `WEIGHTS`."""
         return kept(self.store.run(run_id))[0]
@@ -314,6 +305,11 @@ def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def escaped(text: str) -> str:
+    """Text inside a cell of a Markdown table, where | ends the cell."""
+    return text.replace("|", "\\|")
+
+
 def index(entries: Iterable[Entry]) -> str:
     """results/claims/README.md: every claim with its verdict, sentence, interval and figure."""
     lines = [
@@ -327,7 +323,7 @@ def index(entries: Iterable[Entry]) -> str:
     ]
     for entry in entries:
         claim, stored = entry.claim, entry.stored
-        stated = f"**{claim.id}** {claim.sections['Claim']}"
+        stated = f"**{claim.id}** {escaped(claim.sections['Claim'])}"
         if stored is None:
             lines.append(f"| {stated} | not run yet | | | | | `lora-lab claims {claim.id}` |")
             continue
@@ -337,7 +333,7 @@ def index(entries: Iterable[Entry]) -> str:
         effect += "" if low is None else f" [{low:.3g}, {high:.3g}]"
         picture, data = (entry.path(e).name for e in ("png", "csv"))
         lines.append(
-            f"| {stated} | {outcome} | {stored['said']} | {effect} | {stored['n_seeds']} "
+            f"| {stated} | {outcome} | {escaped(stored['said'])} | {effect} | {stored['n_seeds']} "
             f"| [figure]({picture}) · [table]({data}) | `{stored['command']}` |"
         )
     return "\n".join(lines) + "\n"

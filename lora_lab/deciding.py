@@ -56,9 +56,16 @@ def jobs(ids: Sequence[str], size: str, words: Sequence[str]) -> tuple[list[Job]
             f"a claim fixes its runs: only host.KEY=value may be given beside its id; got {own[0]}."
         )
     found, host = [], plan([[]], words)[1]
+    # Claims share lines, and planning a line takes a while.
+    known: dict[str, list[Planned]] = {}
     for claim in claims(ids):
-        planned, host = plan(claim.lines(size), words) if claim.lines(size) else ([], host)
-        found.append(Job(claim, tuple(planned)))
+        mine: dict[str, Planned] = {}
+        for line in claim.lines(size):
+            name = " ".join(line)
+            if name not in known:
+                known[name] = plan([line], words)[0]
+            mine |= {one.run_id: one for one in known[name]}
+        found.append(Job(claim, tuple(mine.values())))
     return found, replace(host, yes=True)
 
 

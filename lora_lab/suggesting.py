@@ -32,7 +32,7 @@ from lora_lab.preparation import prepare
 from lora_lab.registry import WrongInput
 from lora_lab.replication import replicated
 from lora_lab.stats import Interval, t_interval
-from lora_lab.store import Store, load
+from lora_lab.store import Store, Tables, load
 from lora_lab.tasks import Tell
 
 MARGIN = 0.02
@@ -83,10 +83,13 @@ def from_pair(base: str, tuned: str, tell: Tell) -> Advice:
     """Advice from two checkpoints: without data, from the updates alone."""
     names = [name for name, _ in POLICIES.values() if name != "replicated_rank"]
     found = study(base, tuned, names=names, null=None, tell=tell)
-    measures = found.measures[found.measures["value"].notna()]
+    changed = found.measures["flag"] != "zero update"
+    measures = found.measures[changed & found.measures["value"].notna()]
     ranks = {name: policy_ranks(measures, name) for name in POLICIES}
     ranks = {name: series for name, series in ranks.items() if len(series)}
-    chosen = next(name for name in WITHOUT_DATA if name in ranks)
+    chosen = next((name for name in WITHOUT_DATA if name in ranks), None)
+    if chosen is None:
+        raise WrongInput(f"no linear layer of {tuned!r} differs from {base!r}: nothing to suggest.")
     sides = found.layers.set_index("layer")[["m", "n"]].astype(int)
     shapes = {str(name): (int(m), int(n)) for name, (m, n) in sides.T.items()}
     return Advice(ranks, chosen, {}, {name: shapes[name] for name in ranks[chosen].index})
@@ -103,8 +106,7 @@ def from_runs(store: Store, run_ids: Sequence[str], host: Host, margin: float = 
     margin : float
         Score that a truncation may lose on the validation split.
     """
-    tables = load(store.root)
-    measures = tables.measures[tables.measures["run_id"].isin(run_ids)]
+    measures = Tables(store, run_ids).measures
     measures = pd.concat([measures, replicated(store, [run_ids] if len(run_ids) > 1 else [])])
     last = measures.groupby("run_id")["step"].transform("max")
     measures = measures[measures["step"] == last].drop(columns="step")

@@ -23,9 +23,11 @@ from lora_lab.claims import (
     table_of,
     together,
 )
+from lora_lab.cli import main
 from lora_lab.registry import WrongInput
 from lora_lab.stats import Interval
 
+ROOT = Path(__file__).parents[1]
 CLAIMS = {claim.id: claim for claim in claims()}
 COMPUTED = [claim for claim in CLAIMS.values() if claim.computed]
 
@@ -56,6 +58,44 @@ def test_a_verdict_and_its_figure_come_from_the_committed_table_alone(
     again = claim.verdict(read_csv(entry.path("csv").read_text()))
     assert (again.outcome, again.said) == (found.outcome, found.said)
     assert entry.path("png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_claim_runs_at_smoke_size_and_a_second_time_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["claims", "--size", "smoke", "--results", str(tmp_path), "host.tracker=disabled"]
+    assert main(words) == 0, capsys.readouterr().out
+    for claim in CLAIMS.values():
+        entry = Entry(claim, tmp_path / "claims")
+        assert entry.stored is not None, claim.id
+        assert entry.stored["size"] == "smoke"
+        assert entry.stale == ""
+        assert entry.path("png").is_file()
+    ledger = (tmp_path / "claims" / "README.md").read_text()
+    assert all(f"**{name}**" in ledger for name in CLAIMS)
+    capsys.readouterr()
+    assert main([*words, "--list"]) == 0
+    assert "0 runs left in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_the_committed_verdict_follows_from_the_committed_table(claim: Claim) -> None:
+    entry = Entry(claim, ROOT / "results" / "claims")
+    assert entry.stored is not None, f"lora-lab claims {claim.id}"
+    assert entry.stored["size"] == "paper"
+    assert entry.stale == "", f"lora-lab claims {claim.id}"
+    again = claim.verdict(read_csv(entry.path("csv").read_text()))
+    assert again.outcome == entry.stored["outcome"]
+    assert again.said == entry.stored["said"]
+    assert entry.path("png").is_file()
+
+
+def test_the_committed_ledger_lists_every_claim_and_few_are_unresolved() -> None:
+    folder = ROOT / "results" / "claims"
+    entries = [Entry(claim, folder) for claim in CLAIMS.values()]
+    assert (folder / "README.md").read_text() == index(entries)
+    outcomes = [entry.stored["outcome"] for entry in entries if entry.stored]
+    assert outcomes.count("unresolved") <= 10
 
 
 def test_a_verdict_whose_table_or_code_has_changed_is_stale(

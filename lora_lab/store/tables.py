@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,21 +80,28 @@ class Tables:
     corrupt is `interrupted` with the reason in `error`, rows of a corrupt table are left out with
     a warning and a line in `problems`.
 
+    Parameters
+    ----------
+    store : Store
+    only : collection of run_id, optional
+        These runs alone; None: all.
+
     Attributes
     ----------
     problems : list of str
         One line for each corrupt file met so far.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, only: Collection[str] | None = None) -> None:
         self.store = store
+        self.only = None if only is None else set(only)
         self.problems: list[str] = []
 
     @cached_property
     def records(self) -> dict[str, Record]:
         """What is known of every run, by id, sorted."""
-        out = {r.run_id: r for r in self._tried(self.store.packed) or []}
-        for run_id in self.store.run_ids():
+        out = {r.run_id: r for r in self._tried(self.store.packed) or [] if self._asked(r.run_id)}
+        for run_id in filter(self._asked, self.store.run_ids()):
             run = self.store.run(run_id)
             record = run.record()
             if run.done and record.status == "interrupted":
@@ -103,6 +110,9 @@ class Tables:
             if record.status in ("done", "diverged") or run_id not in out:
                 out[run_id] = record
         return dict(sorted(out.items()))
+
+    def _asked(self, run_id: str) -> bool:
+        return self.only is None or run_id in self.only
 
     @cached_property
     def sweeps(self) -> dict[str, str]:
