@@ -17,6 +17,7 @@ tests tables in which the claim is true or false by construction, or that tell t
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import inspect
@@ -174,14 +175,45 @@ class Claim:
         """Its sweep at a size, as override lists; none for a computed claim."""
         return [] if self.computed else [line.split() for line in self.module.SWEEP[size]]
 
-    def code(self) -> str:
-        """SHA-256 of what decides: the claim's source."""
-        return hashlib.sha256(inspect.getsource(self.module).encode()).hexdigest()
+    def code(self, *names: str) -> str:
+        """SHA-256 of these functions and values of its file, and of all in it that they use.
+
+        Comments and layout do not count.
+        """
+        tree = ast.parse(inspect.getsource(self.module))
+        parts = {name: node for node in tree.body for name in _defined(node)}
+        used: dict[str, str] = {}
+        todo = [name for name in names if name in parts]
+        while todo:
+            name = todo.pop()
+            if name not in used:
+                used[name] = ast.unparse(parts[name])
+                words = {n.id for n in ast.walk(parts[name]) if isinstance(n, ast.Name)}
+                todo += sorted(words & parts.keys())
+        return _sha("\n".join(used[name] for name in sorted(used)))
+
+    def table_code(self, run_ids: Sequence[str]) -> str:
+        """SHA-256 of what makes its table: its code and its runs."""
+        code = self.code("compute") if self.computed else self.code("rows")
+        return _sha("\n".join([code, *sorted(run_ids)]))
+
+    def verdict_code(self) -> str:
+        """SHA-256 of what decides, and draws, from the table."""
+        return self.code("verdict", "figure")
 
     def verdict(self, table: pd.DataFrame) -> Verdict:
         """Decide from a table."""
         found: Verdict = self.module.verdict(table)
         return found
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    """The names that a statement of a file defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+    return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
 
 
 def claims(wanted: Sequence[str] = ()) -> list[Claim]:
@@ -262,18 +294,29 @@ class Entry:
         path = self.path("json")
         return json.loads(path.read_text()) if path.is_file() else None
 
-    @property
-    def stale(self) -> str:
-        """Why the stored verdict no longer holds: `table` or `code` changed; '' if it does."""
+    def stale(self, run_ids: Sequence[str] | None = None) -> str:
+        """Why the stored verdict no longer holds; '' if it does.
+
+        `table`: the CSV is not the one that was decided on; `runs`: other code, or other runs than
+        these (None: not asked), make the table now; `code`: other code decides from it.
+        """
         if self.stored is None:
             return ""
         csv = self.path("csv")
         if not csv.is_file() or _sha(csv.read_text()) != self.stored["inputs"]:
             return "table"
-        return "" if self.claim.code() == self.stored["code"] else "code"
+        if run_ids is not None and self.claim.table_code(run_ids) != self.stored["made_by"]:
+            return "runs"
+        return "" if self.claim.verdict_code() == self.stored["code"] else "code"
 
-    def decide(self, table: pd.DataFrame, size: str) -> Verdict:
-        """Compute verdict and figure from a table and write all three files."""
+    def decide(self, table: pd.DataFrame, size: str, made_by: str) -> Verdict:
+        """Compute verdict and figure from a table and write all three files.
+
+        Parameters
+        ----------
+        made_by : str
+            `Claim.table_code` of the code and the runs that the table is from.
+        """
         text = as_csv(table)
         table = read_csv(text)
         found = self.claim.verdict(table)
@@ -282,9 +325,12 @@ class Entry:
         picture = self.claim.module.figure(table)
         picture.savefig(self.path("png"), dpi=100, metadata={"Software": None})
         content = {"id": self.claim.id, "name": self.claim.name, "size": size}
-        content |= _plain(asdict(found)) | {"inputs": _sha(text), "code": self.claim.code()}
-        content["command"] = f"lora-lab claims {self.claim.id} --size {size}"
+        content |= _plain(asdict(found))
+        content |= {"inputs": _sha(text), "made_by": made_by, "code": self.claim.verdict_code()}
+        content["command"] = f"lora-lab claims {self.claim.id}"
+        content["command"] += " --size smoke" if size == "smoke" else ""
         self.path("json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        self.__dict__.pop("stored", None)
         return found
 
 
@@ -327,7 +373,8 @@ def index(entries: Iterable[Entry]) -> str:
         if stored is None:
             lines.append(f"| {stated} | not run yet | | | | | `lora-lab claims {claim.id}` |")
             continue
-        outcome = stored["outcome"] + (f" (stale: {entry.stale})" if entry.stale else "")
+        stale = entry.stale()
+        outcome = stored["outcome"] + (f" (stale: {stale})" if stale else "")
         effect = "" if stored["effect"] is None else f"{stored['effect']:.3g}"
         low, high = stored["interval"]
         effect += "" if low is None else f" [{low:.3g}, {high:.3g}]"

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lora_lab.claims import Claim, Entry, claims, index, table_of
+from lora_lab.claims import Claim, Entry, claims, index, read_csv, table_of
 from lora_lab.config import Host, choice
 from lora_lab.display import alike, console, counted, duration
 from lora_lab.engine import finished_status, in_order, left, sweep
@@ -39,6 +39,20 @@ class Job:
     def run_ids(self) -> list[str]:
         """Ids of its own runs, without those that they start from."""
         return [one.run_id for one in self.planned]
+
+    def needs_runs(self, folder: Path, size: str) -> bool:
+        """Whether its table is not there yet, or not of these runs and this code."""
+        entry = Entry(self.claim, folder)
+        decided = entry.stored is not None and entry.stored["size"] == size
+        return not decided or entry.stale(self.run_ids) in ("table", "runs")
+
+    def decide(self, entry: Entry, size: str, results: Path) -> None:
+        """Bring a claim's files up to date; from its own table where that still holds."""
+        made_by = self.claim.table_code(self.run_ids)
+        if self.needs_runs(entry.folder, size):
+            entry.decide(table_of(self.claim, size, results, self.run_ids), size, made_by)
+        elif entry.stale(self.run_ids):
+            entry.decide(read_csv(entry.path("csv").read_text()), size, made_by)
 
 
 def jobs(ids: Sequence[str], size: str, words: Sequence[str]) -> tuple[list[Job], Host]:
@@ -93,18 +107,19 @@ def decide(ids: Sequence[str], size: str, words: Sequence[str], only_list: bool 
     if only_list:
         screen.print(listed(chosen, size, host))
         return OK
-    status = run(chosen, host)
+    status = run([job for job in chosen if job.needs_runs(folder, size)], host)
     code = OK
     for job in chosen:
-        without = [i for i in job.run_ids if status[i] not in ("done", "diverged")]
+        entry = Entry(job.claim, folder)
+        without = [i for i in job.run_ids if status.get(i, "done") not in ("done", "diverged")]
         if without:
             code = FAILED
             first = f"{without[0]} is {status[without[0]]}"
             said = f"not decided: {counted(len(without), 'run')} without a result ({first})"
         else:
-            table = table_of(job.claim, size, Path(host.results), job.run_ids)
-            verdict = Entry(job.claim, folder).decide(table, size)
-            said = f"{verdict.outcome}: {verdict.said}"
+            job.decide(entry, size, Path(host.results))
+            stored = entry.stored or {}
+            said = f"{stored['outcome']}: {stored['said']}"
         screen.print(f"{job.claim.id} {said}", markup=False)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"
@@ -134,7 +149,7 @@ def listed(chosen: Sequence[Job], size: str, host: Host) -> Table:
         table.add_column(heading, justify="right" if heading in ("runs", "left") else "left")
     todo: dict[str, Planned] = {}
     for job in chosen:
-        ahead = ahead_of(job, root)
+        ahead = ahead_of(job, root) if job.needs_runs(root / FOLDER, size) else []
         todo |= {one.run_id: one for one in ahead}
         numbers = (str(len(job.planned)), str(len(ahead))) if job.planned else ("", "")
         cost = estimate(ahead, runs, host) if job.planned else ""
@@ -150,7 +165,8 @@ def standing(job: Job, root: Path, size: str) -> str:
     entry = Entry(job.claim, root / FOLDER)
     if entry.stored is None or entry.stored["size"] != size:
         return "not decided"
-    return str(entry.stored["outcome"]) + (f", stale: {entry.stale}" if entry.stale else "")
+    stale = entry.stale(job.run_ids)
+    return str(entry.stored["outcome"]) + (f", stale: {stale}" if stale else "")
 
 
 def ahead_of(job: Job, root: Path) -> list[Planned]:

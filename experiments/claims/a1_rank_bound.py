@@ -85,9 +85,9 @@ def verdict(table: pd.DataFrame) -> Verdict:
 def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:
     """One product above the bound refutes."""
     ranks = rng.integers(1, 9, 20)
-    table = pd.DataFrame({"r": 8, "rank_B": ranks, "rank_A": 8, "rank_BA": ranks, "seed": 0})
-    if outcome == "refuted":
-        table.loc[3, "rank_BA"] += 1
+    above = np.arange(20) == (3 if outcome == "refuted" else -1)
+    columns = {"rank_B": ranks, "rank_A": 8, "rank_BA": ranks + above, "seed": 0}
+    table = pd.DataFrame({"r": 8, **columns})
     return table if outcome in ("supported", "refuted") else None
 
 

@@ -8,8 +8,9 @@ weight. Merged as the lab does (summed in float64, rounded once, W0 kept) and by
 code does (W += sBA, later W −= sBA, in the weight's dtype); undone after 1, 10 and 100 rounds, each
 with another adapter than the one before. Operations by torch's counter, times beside them.
 
-Test: exact. Rounding: no merged entry is further from W0 + sBA than half a step of its dtype. Loss:
-the rounding takes less than 1 % of the update, a part for each dtype. Cost: the merged layer counts
+Test: exact. Rounding: no merged entry is further from W0 + sBA than half a step of its dtype (to
+1e-4 of it: torch rounds float64 to bfloat16 by way of float32, which decides near-ties). Loss: the
+rounding takes less than 1 % of the update, a part for each dtype. Cost: the merged layer counts
 as many operations as the base layer. Undone and swapped: no bit of the base differs, and after
 rounds that take turns the weight is bit for bit the one that the last adapter alone would give, a
 part for each way of merging; the others are of the lab's way. Measured time decides nothing.
@@ -159,7 +160,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
     lab, hand = (table[table["way"] == way] for way in ("lab", "by hand"))
     lost = {str(name): float(own.max()) for name, own in lab.groupby("dtype")["lost"]}
     holds = {
-        "rounding": bool((lab["half_steps"] <= 1 + 1e-9).all()),
+        "rounding": bool((lab["half_steps"] <= 1 + 1e-4).all()),
         "cost": bool((lab["operations"] == 1).all()),
         "lab": bool((lab[["base_changed", "swap_changed"]] == 0).all(axis=None)),
         "by hand": bool((hand[["base_changed", "swap_changed"]] == 0).all(axis=None)),
