@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -129,7 +130,7 @@ def invented(
     return pd.DataFrame(out)
 
 
-def table_of(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
+def table_of(rows: Iterable[Mapping[Any, Any]]) -> pd.DataFrame:
     """Rows as a table that has its columns even where there are none."""
     columns = ["run_id", "model", "part", "seed", "value"]
     found = pd.DataFrame(list(rows))

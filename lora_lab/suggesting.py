@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lora_lab.adapters.full import Full, FullLayer
+from lora_lab.adapters.full import FullLayer
 from lora_lab.checkpoints.write import lora_config
 from lora_lab.config import Host, RunConfig, flat
 from lora_lab.engine import Watcher, sweep
@@ -124,7 +124,7 @@ def from_runs(store: Store, run_ids: Sequence[str], host: Host, margin: float = 
 
 
 def config_of(store: Store, run_id: str) -> RunConfig:
-    """The config of a finished run."""
+    """The config of a finished full fine-tuning."""
     values = flat(store.run(run_id).read_json("config")["config"])
     return typed(build(values)[0])[0]
 
@@ -182,7 +182,9 @@ def probe(ids: Sequence[str], words: Sequence[str], watcher: Watcher) -> tuple[l
         store = Store(host.results)
         for run_id in ids:
             run = store.run(run_id)
-            if run.status() != "done" or config_of(store, run_id).adapter != Full():
+            if run.status() != "done" or (
+                run.read_json("config")["config"]["adapter"]["choice"] != "full"
+            ):
                 raise WrongInput(f"{run_id!r} must be a finished run with adapter=full.")
         return list(ids), host
     if any(word.startswith(("adapter=", "adapter.", "seed=")) for word in words):

@@ -115,7 +115,7 @@ def rows(found: Found) -> pd.DataFrame:
 COLUMNS = ["run_id", "task", "known", "needed", "seeds", "edge", "trainings", "policy", "r"]
 
 
-def _task(run: Mapping[str, Any]) -> tuple[str, float]:
+def _task(run: Mapping[Any, Any]) -> tuple[str, float]:
     """The task of a run, and the share of its data."""
     if run["model"] == "planted":
         kind = f"rank {run['data.true_r']:g}, noise {run['data.noise']:g}"
@@ -149,7 +149,8 @@ def _policies(found: Found, whole: pd.DataFrame) -> dict[str, float]:
     said = {}
     for name in POLICIES:
         ranks = [policy_ranks(measures[measures["run_id"] == i], name) for i in ids]
-        said[name] = float(np.median([overall(r) for r in ranks if len(r)] or [np.nan]))
+        each = [float(overall(r)) for r in ranks if len(r)]
+        said[name] = float(np.median(each or [np.nan]))
     scores = measures[
         (measures["measure"] == "oracle_score") & (measures["side"] == "trained_head")
     ]

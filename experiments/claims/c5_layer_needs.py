@@ -166,8 +166,8 @@ def figure(table: pd.DataFrame) -> Any:
         for group, cell in cuts.groupby("group"):
             by = [(float(str(k)), t_interval(c["value"])) for k, c in cell.groupby("k")]
             spread = np.nan_to_num([[f.value - f.low, f.high - f.value] for _, f in by]).T
-            x, y = [k for k, _ in by], [f.value for _, f in by]
-            lower.errorbar(x, y, spread, fmt="o-", color=COLOURS[str(group)], label=f"{group} cut")
+            at, y = [k for k, _ in by], [f.value for _, f in by]
+            lower.errorbar(at, y, spread, fmt="o-", color=COLOURS[str(group)], label=f"{group} cut")
         lower.axhline(cuts["whole"].mean(), color="grey", lw=1, ls="--", label="nothing cut")
         lower.set_xlabel("directions left of the group that is cut")
         lower.legend(fontsize=8)

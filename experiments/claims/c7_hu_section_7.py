@@ -62,7 +62,7 @@ def rows(found: Found) -> pd.DataFrame:
         few, many = own[own["r"] == small], own[own["r"] == large]
         spectra = {i: spectra_of(found, i) for i in [*few["run_id"], *many["run_id"]]}
         seeds = replicated(found.store, [many["run_id"].tolist()] if len(many) > 1 else [])
-        seeds = seeds[seeds["measure"] == "replicated_rank"].groupby("run_id")["value"].mean()
+        shared = seeds[seeds["measure"] == "replicated_rank"].groupby("run_id")["value"].mean()
         next_run = others(many)
         for run in few.to_dict("records"):
             about = {c: run[c] for c in ("model", "seed", "adapter", "r", "alpha", "edge")}
@@ -83,7 +83,7 @@ def rows(found: Found) -> pd.DataFrame:
             other, values = next_run.get(int(run["seed"])), {}
             if other is not None:
                 phi, null = overlap(spectra[run["run_id"]], spectra[other], small, small)
-                values = {"shared": phi - null, "few": seeds.get(run["run_id"], np.nan) / large}
+                values = {"shared": phi - null, "few": shared.get(run["run_id"], np.nan) / large}
             out += [about | {"part": name, "value": value} for name, value in values.items()]
     return table_of(out)
 

@@ -80,7 +80,7 @@ def _parts(counts: pd.DataFrame) -> list[dict[str, Any]]:
         if run["method"] == "full":
             out.append(about | {"part": "full", "value": run["value"]})
         elif key in whole.index and run["r"] in LOW:
-            about["run_id"] += f"+{whole.at[key, 'run_id']}"
+            about["run_id"] += f"+{whole.at[key, 'run_id']!s}"
             gap = run["value"] - whole.at[key, "value"]
             out.append(about | {"part": run["method"], "value": gap})
         if run["method"] == "r = 1":
@@ -91,8 +91,8 @@ def _parts(counts: pd.DataFrame) -> list[dict[str, Any]]:
 def verdict(table: pd.DataFrame) -> Verdict:
     """Four parts on each ground."""
     high = table[(table["part"] == CURVE) & (table["kind"] == "layer")]
-    high = high[high["method"] == f"r = {R[-1]}"].groupby("model")["value"].mean()
-    words = [f"{value:.2g} {GROUNDS[str(model)]}" for model, value in high.items()]
+    means = high[high["method"] == f"r = {R[-1]}"].groupby("model")["value"].mean()
+    words = [f"{value:.2g} {GROUNDS[str(model)]}" for model, value in means.items()]
     also = f"LoRA at r = {R[-1]} has {' and '.join(words)}" if words else ""
     return judged(table, PARTS, "; ".join(filter(None, [also, edge_note(table)])))
 

@@ -72,7 +72,7 @@ def rows(found: Found) -> pd.DataFrame:
             out.append(row | {"part": CURVE, "how": "truncated", "value": network.score(cut)})
             if r in by.index:
                 gain = out[-1]["value"] - by.at[r, "score"]
-                both = f"{whole}+{by.at[r, 'run_id']}"
+                both = f"{whole}+{by.at[r, 'run_id']!s}"
                 out.append(row | {"part": f"r = {r}", "value": gain, "run_id": both})
     return table_of(out)
 

@@ -79,9 +79,9 @@ def rows(found: Found) -> pd.DataFrame:
             runs_at = _by_name(at)
             about = {"model": model, "seed": seed, "adapter": "lora"}
             pairs = {f"r = {r}": (f"all {r}", "all 64") for r in NEAR} | {"qv": ("qv 4", "query 8")}
-            for part, (one, other) in pairs.items():
-                if one in runs_at and other in runs_at:
-                    a, b = runs_at[one], runs_at[other]
+            for part, (first, second) in pairs.items():
+                if first in runs_at and second in runs_at:
+                    a, b = runs_at[first], runs_at[second]
                     row = {"part": part, "value": a["score"] - b["score"], "edge": a["edge"]}
                     out.append(
                         about | row | {"run_id": f"{a['run_id']}+{b['run_id']}", "r": a["r"]}
@@ -104,7 +104,7 @@ def rows(found: Found) -> pd.DataFrame:
     return table_of(out)
 
 
-def _by_name(at: pd.DataFrame) -> dict[str, Mapping[str, Any]]:
+def _by_name(at: pd.DataFrame) -> dict[str, Mapping[Any, Any]]:
     """Runs of one seed by targets and r."""
     return {f"{run['targets']} {run['r']:g}": run for run in at.to_dict("records")}
 

@@ -54,8 +54,8 @@ def rows(found: Found) -> pd.DataFrame:
     counted = (of["measure"] == "intruder_dimensions") & (of["k"] == TOP) & (of["side"] == "left")
     of = of[counted | (of["measure"] == "effective_rank")]
     keys = ["run_id", "model", "adapter", "r", "alpha", "seed", "edge", "measure"]
-    means = of.groupby(keys, as_index=False, dropna=False)["value"].mean()
-    out = means.assign(part=CURVE).to_dict("records")
+    means = of.groupby(keys, as_index=False, dropna=False)[["value"]].mean()
+    out: list[dict[Any, Any]] = [*means.assign(part=CURVE).to_dict("records")]
     for (model, seed), own in means.groupby(["model", "seed"]):
         about = {"model": model, "seed": seed}
         out += [about | row for row in _parts(own)]
