@@ -124,6 +124,16 @@ def prepare(
     return Setup(config, problem, model, adapted, splits, accelerator, steps, base)
 
 
+def put_back(setup: Setup, updates: Mapping[str, Update], head: Mapping[str, np.ndarray]) -> None:
+    """Give a prepared full fine-tuning the weights and the head that its run ended with."""
+    for name, update in updates.items():
+        layer = setup.adapted[name]
+        weight = layer.W0 + torch.from_numpy(update.dense()).to(layer.W0)
+        layer.get_parameter("W").data.copy_(weight)
+    for name, array in head.items():
+        setup.model.get_parameter(name).data.copy_(torch.from_numpy(array))
+
+
 def restore(base: nn.Module, shapes: Mapping[str, tuple[int, int]], left: Trained) -> None:
     """Put a pretrained network into the state in which a run, after those before it, left it."""
     if left.before is not None:

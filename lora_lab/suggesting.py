@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from lora_lab.adapters.full import FullLayer
 from lora_lab.checkpoints.write import lora_config
@@ -28,7 +27,7 @@ from lora_lab.linalg import decompose
 from lora_lab.measuring import kept
 from lora_lab.outside import study
 from lora_lab.policies import DEFAULT, ORACLE, POLICIES, WITHOUT_DATA, overall, policy_ranks
-from lora_lab.preparation import prepare
+from lora_lab.preparation import prepare, put_back
 from lora_lab.registry import WrongInput
 from lora_lab.replication import replicated
 from lora_lab.stats import Interval, t_interval
@@ -143,13 +142,8 @@ def truncation_curve(
     updates, whole = kept(run)
     if not whole:
         raise WrongInput(f"run {run_id} kept only leading directions; a probe keeps all of them.")
+    put_back(setup, updates, run.read_tensors("head"))
     layers = {name: m for name, m in setup.adapted.items() if isinstance(m, FullLayer)}
-    for name, layer in layers.items():
-        layer.W.data = layer.W0 + torch.from_numpy(updates[name].dense()).to(layer.W0)
-    head = run.read_tensors("head")
-    for name, parameter in setup.model.named_parameters():
-        if name in head:
-            parameter.data.copy_(torch.from_numpy(head[name]))
     spectra = {n: decompose(u, vectors=True, layer=n) for n, u in updates.items()}
     most = max(min(s.shape) for s in spectra.values())
     curve = {most: evaluate(setup.model, setup.splits["validation"]).score}

@@ -54,6 +54,7 @@ HOMES = {
         "lora_lab/nulls/",
         "lora_lab/stats/",
         "lora_lab/evaluation",
+        "experiments/claims/",
     ),
     "powerlaw": ("lora_lab/measures/",),
     # Its file format is known in checkpoints/.

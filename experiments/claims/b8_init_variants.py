@@ -76,7 +76,6 @@ def rows(found: Any) -> pd.DataFrame:
     runs = found.runs.rename(columns=names)[kept]
     runs = runs[runs["r"] == runs["r"].max()]
     curves = found.traces[found.traces["trace"] == "validation_loss"].sort_values("step")
-    # A start that moves the network has a loss at step 0: it is not yet a step to the target.
     curves = curves[curves["run_id"].isin(runs.loc[runs["status"] == "done", "run_id"])]
     usual = runs[runs["init"] == ZERO_B].rename(columns={"lr": "train.lr"})
     best = grids.best(usual, ("init",))["run_id"]
@@ -88,7 +87,8 @@ def rows(found: Any) -> pd.DataFrame:
         if run.run_id in every:
             one = every[run.run_id]
             own = OWN_STEPS * run.steps if run.init == "reference" else 0.0
-            row["taken"] = own + reached(one["step"], one["value"], target)
+            # A start that moves the network has a loss at step 0, which might be there already.
+            row["taken"] = max(own + reached(one["step"], one["value"], target), 1.0)
             row["early"] = float(np.interp(EARLY * run.steps, one["step"], one["value"]))
             row["last"] = float(one["value"].iloc[-1])
         out.append(row)
