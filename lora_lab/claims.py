@@ -26,6 +26,7 @@ import json
 import math
 import pkgutil
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -172,8 +173,11 @@ class Claim:
         return bool(vars(self.module).get("WEIGHTS", False))
 
     def lines(self, size: str) -> list[list[str]]:
-        """Its sweep at a size, as override lists; none for a computed claim."""
-        return [] if self.computed else [line.split() for line in self.module.SWEEP[size]]
+        """Its sweep at a size, as override lists; none for a computed claim.
+
+        An override line inside of a line, as in `adapter.reference="…"`, stands in quotes.
+        """
+        return [] if self.computed else [shlex.split(line) for line in self.module.SWEEP[size]]
 
     def code(self, *names: str) -> str:
         """SHA-256 of these functions and values of its file, and of all in it that they use.

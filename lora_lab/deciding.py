@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def jobs(ids: Sequence[str], size: str, words: Sequence[str]) -> tuple[list[Job]
     for claim in claims(ids):
         mine: dict[str, Planned] = {}
         for line in claim.lines(size):
-            name = " ".join(line)
+            name = shlex.join(line)
             if name not in known:
                 known[name] = plan([line], words)[0]
             mine |= {one.run_id: one for one in known[name]}

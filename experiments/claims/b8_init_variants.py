@@ -21,7 +21,6 @@ Cost: 141 runs of digits, 20 of which G5 and F6 read too.
 from __future__ import annotations
 
 import math
-import shlex
 from typing import Any
 
 import numpy as np
@@ -48,20 +47,12 @@ REFERENCE = (
 DRAWN = ",".join(name for name in (ZERO_B, ZERO_A, *INFORMED) if name != "reference")
 RATES = "1e-3,3e-3,1e-2,3e-2"
 
-
-class _Line(str):
-    """A line of overrides of which one, in quotes, is an override line itself."""
-
-    def split(self, sep: Any = None, maxsplit: Any = -1) -> list[str]:
-        return shlex.split(self)
-
-
 _LORA = f"{CURVES} adapter=lora adapter.r=8 train.lr={RATES} {grids.SEEDS}"
 SWEEP = {
     "smoke": [f"{grids.SMOKE[1]} adapter.init=kaiming,zero_a,symmetric"],
     "paper": [
         f"{_LORA} adapter.init={DRAWN}",
-        _Line(f'{_LORA} adapter.init=reference adapter.reference="{REFERENCE}"'),
+        f'{_LORA} adapter.init=reference adapter.reference="{REFERENCE}"',
     ],
 }
 TARGET, EARLY, FEWER = 1.25, 0.1, math.log(0.9)
