@@ -43,7 +43,7 @@ PARTS = {
     )
     for r in LOW
 } | {
-    "null": Part("at r = 1 {} more than noise of that norm", low=0.0, near=0.05, unit=0.2),
+    "noise": Part("at r = 1 {} more than noise of that norm", low=0.0, near=0.05, unit=0.2),
     "full": Part("full has {}", high=0.5, unit=0.1),
 }
 SHADES = {"full": "#d55e00", "r = 1": "#0072b2", "r = 8": "#009e73", "r = 64": "#cc79a7"}
@@ -84,7 +84,7 @@ def _parts(counts: pd.DataFrame) -> list[dict[str, Any]]:
             gap = run["value"] - whole.at[key, "value"]
             out.append(about | {"part": run["method"], "value": gap})
         if run["method"] == "r = 1":
-            out.append(about | {"part": "null", "value": run["value"] - run["null"]})
+            out.append(about | {"part": "noise", "value": run["value"] - run["null"]})
     return out
 
 
