@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pandas as pd
 
+from experiments.curves import reached
 from experiments.grids import DIGITS, SEEDS, best, full, head
 
 DIMENSIONS = (8, 32, 128, 512, 2048)
@@ -94,20 +95,9 @@ def d90(table: pd.DataFrame, network: str, reading: str = "accuracy") -> pd.Seri
         curve = curves.loc[seed].dropna()
         if len(curve):
             target = floor[seed] + 0.9 * (whole[seed] - floor[seed])
-            out[seed] = _crossing(curve, target)
+            logs = np.log(curve.index.to_numpy(dtype=np.float64))
+            out[seed] = math.exp(reached(logs, -curve, -target))
     return pd.Series(out, dtype="float64")
-
-
-def _crossing(curve: pd.Series, target: float) -> float:
-    x, y = np.log(curve.index.to_numpy(dtype=np.float64)), curve.to_numpy(dtype=np.float64)
-    there = np.flatnonzero(y >= target)
-    if not there.size:
-        return float(np.exp(x[-1]))
-    i = int(there[0])
-    if i == 0:
-        return float(np.exp(x[0]))
-    share = (target - y[i - 1]) / (y[i] - y[i - 1])
-    return float(np.exp(x[i - 1] + share * (x[i] - x[i - 1])))
 
 
 def drawn(table: pd.DataFrame, needs: dict[str, float], rng: np.random.Generator) -> pd.DataFrame:

@@ -6,17 +6,16 @@ For claims that truncate, prune or compose what runs have learned: nothing is tr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-import torch
-
+from lora_lab.adapters.head import Head
 from lora_lab.claims import Found
 from lora_lab.composition import Changes, Composition
-from lora_lab.config import Host, flat
+from lora_lab.config import Host
 from lora_lab.evaluation import evaluate
-from lora_lab.execution import linked
-from lora_lab.hydra_bridge import build, typed
+from lora_lab.execution import reopened
+from lora_lab.hydra_bridge import config_of
 from lora_lab.linalg import Update
-from lora_lab.preparation import prepare
 
 
 class Swapped:
@@ -31,17 +30,10 @@ class Swapped:
     """
 
     def __init__(self, found: Found, run_id: str) -> None:
-        run = found.store.run(run_id)
-        values = flat(run.read_json("config")["config"])
         # The head alone: the layers stay plain, and updates are hooked to them.
-        kept = {name: value for name, value in values.items() if not name.startswith("adapter.")}
-        config = typed(build(kept | {"adapter": "head"})[0])[0]
-        host = Host(device="cpu")
-        setup = prepare(config, host, found.store.cache, **linked(config, found.store))
+        config = replace(config_of(found.store, run_id), adapter=Head())
+        setup = reopened(found.store, run_id, config, Host(device="cpu"))
         self.model, self.test = setup.model, setup.splits["test"]
-        parameters = dict(self.model.named_parameters())
-        for name, array in run.read_tensors("head").items():
-            parameters[name].data.copy_(torch.from_numpy(array))
 
     def score(self, *updates: Mapping[str, Update], weight: float = 1.0) -> float:
         """Test score with W0 + weight·ΣdW; the base network's without updates."""

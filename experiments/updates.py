@@ -12,18 +12,17 @@ from experiments.grids import best
 from lora_lab.adapters.full import FullLayer
 from lora_lab.adapters.lora import LoRALayer
 from lora_lab.claims import Found
-from lora_lab.config import Host, RunConfig
+from lora_lab.config import Host
 from lora_lab.evaluation import evaluate
-from lora_lab.execution import linked
+from lora_lab.execution import reopened
 from lora_lab.figures import final
-from lora_lab.hydra_bridge import build, typed
+from lora_lab.hydra_bridge import config_of
 from lora_lab.linalg import Spectrum, Update
 from lora_lab.linalg.randomized import leading
 from lora_lab.linalg.subspace import overlap_grid, random_overlap
 from lora_lab.measures import DIRECTIONS
 from lora_lab.measures.subspace_overlap import SIDES, directions
-from lora_lab.preparation import prepare
-from lora_lab.store import Store
+from lora_lab.preparation import put_back
 
 Spectra = Mapping[str, Spectrum]
 
@@ -91,16 +90,6 @@ def others(runs: pd.DataFrame) -> dict[int, str]:
     return dict(zip(seeds, [*ids[1:], *ids[:1]], strict=True)) if len(ids) > 1 else {}
 
 
-def config_of(store: Store, run_id: str) -> RunConfig:
-    """The config of a finished run."""
-    values = {}
-    for group, own in store.run(run_id).read_json("config")["config"].items():
-        fields = own if isinstance(own, dict) else {"choice": own}
-        for name, value in fields.items():
-            values[group if name == "choice" else f"{group}.{name}"] = value
-    return typed(build(values)[0])[0]
-
-
 class Rebuilt:
     """A finished run's network, to be scored with other updates in the place of its own.
 
@@ -112,30 +101,24 @@ class Rebuilt:
     """
 
     def __init__(self, found: Found, run_id: str) -> None:
-        store = found.store
-        config = config_of(store, run_id)
-        self._setup = prepare(config, Host(device="cpu"), store.cache, **linked(config, store))
-        parameters = dict(self._setup.model.named_parameters())
-        with torch.no_grad():
-            for name, array in store.run(run_id).read_tensors("head").items():
-                parameters[name].copy_(torch.from_numpy(array))
+        config = config_of(found.store, run_id)
+        self._setup = reopened(found.store, run_id, config, Host(device="cpu"))
 
     def score(self, updates: Mapping[str, Update]) -> float:
         """Test score with these updates and the run's own head."""
-        with torch.no_grad():
-            for name, layer in self._setup.adapted.items():
-                dense = updates[name].dense()
-                if isinstance(layer, FullLayer):
-                    W0 = torch.from_numpy(self._setup.base[name])
-                    layer.W.copy_(W0.double() + torch.from_numpy(dense))
-                else:
-                    _put(layer, updates[name])
+        adapted = self._setup.adapted
+        put_back(
+            {n: layer for n, layer in adapted.items() if isinstance(layer, FullLayer)}, updates
+        )
+        for name, layer in adapted.items():
+            if isinstance(layer, LoRALayer):
+                _put(layer, updates[name])
         return evaluate(self._setup.model, self._setup.splits["test"]).score
 
 
-def _put(layer: object, update: Update) -> None:
+@torch.no_grad()
+def _put(layer: LoRALayer, update: Update) -> None:
     """Write an update into a LoRA layer's own factors, without forming W0 + dW."""
-    assert isinstance(layer, LoRALayer)
     scale = layer.scaled()[2]
     s = leading(update, len(layer.A))
     assert s.U is not None

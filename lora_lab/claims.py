@@ -107,20 +107,21 @@ def against(found: Interval, edge: float, more: bool = True) -> str:
 def together(outcomes: Iterable[str]) -> str:
     """Outcome of a claim of several parts.
 
-    All supported or all refuted: that. One supported and one refuted: mixed. Else unresolved parts
-    leave it unresolved.
+    It says that all of them hold. Supported: they do. Refuted: one does not, and none was shown to
+    hold. Mixed: one holds and another does not. Unresolved: none is refuted, and one is open.
 
     >>> together(["supported", "supported"]), together(["supported", "refuted", "unresolved"])
     ('supported', 'mixed')
-    >>> together(["supported", "unresolved"])
-    'unresolved'
+    >>> together(["refuted", "unresolved"]), together(["supported", "unresolved"])
+    ('refuted', 'unresolved')
     """
     parts = set(outcomes)
-    if parts <= {"supported"} or parts <= {"refuted"}:
-        return parts.pop()
+    assert parts, "a claim has at least one part"
     if "mixed" in parts or {"supported", "refuted"} <= parts:
         return "mixed"
-    return "unresolved"
+    if "refuted" in parts:
+        return "refuted"
+    return "unresolved" if "unresolved" in parts else "supported"
 
 
 class Found(Tables):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_lab import weights
 from lora_lab.display import console
+from lora_lab.policies import MARGIN
 from lora_lab.registry import WrongInput, did_you_mean
 from lora_lab.store import Store, StoreError, load, pack
 
@@ -70,8 +71,8 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     one.add_argument("words", nargs="*", metavar="key=value|RUN", help=about)
     one.add_argument("--base", metavar="DIR", help="instead: folder of a base model, and")
     one.add_argument("--tuned", metavar="DIR", help="of the model that was tuned from it")
-    about = "score that a truncation, and LoRA, may lose (default: 0.02)"
-    one.add_argument("--margin", metavar="X", type=float, default=0.02, help=about)
+    about = f"score that a truncation, and LoRA, may lose (default: {MARGIN:g})"
+    one.add_argument("--margin", metavar="X", type=float, default=MARGIN, help=about)
     about = "folder for adapter_config.json (default: suggestion)"
     one.add_argument("--out", metavar="DIR", default="suggestion", help=about)
     one.add_argument("--verify", action="store_true", help="train LoRA with it: PASS or FAIL")

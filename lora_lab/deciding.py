@@ -17,7 +17,7 @@ from rich.text import Text
 from lora_lab.claims import Claim, Entry, claims, index, read_csv, table_of
 from lora_lab.config import Host, choice
 from lora_lab.display import alike, console, counted, duration
-from lora_lab.engine import finished_status, in_order, left, sweep
+from lora_lab.engine import in_order, left, sweep
 from lora_lab.hydra_bridge import Planned, plan
 from lora_lab.progress import Display
 from lora_lab.registry import WrongInput
@@ -136,9 +136,8 @@ def run(chosen: Sequence[Job], host: Host) -> dict[str, str]:
         return {}
     weighed = {i for job in chosen if job.claim.weighs for i in job.run_ids}
     with Display(console()) as display:
-        summary = sweep("claims", list(every.values()), host, display, weighed)
-    store = Store(host.results)
-    return {i: summary.status.get(i) or finished_status(store, i) for i in every}
+        status = sweep("claims", list(every.values()), host, display, weighed).status
+    return {i: status[i] for i in every}
 
 
 def listed(chosen: Sequence[Job], size: str, host: Host) -> Table:

@@ -341,6 +341,21 @@ def linked(config: RunConfig, store: Store) -> dict[str, Trained]:
     return {keyword: trained(store, name) for keyword, name in named.items() if name}
 
 
+def reopened(store: Store, run_id: str, config: RunConfig, host: Host) -> Setup:
+    """The network of a finished run as it began, with the head that the run ended with.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's own, or with another adapter.
+    """
+    setup = prepare(config, host, store.cache, **linked(config, store))
+    with torch.no_grad():
+        for name, array in store.run(run_id).read_tensors("head").items():
+            setup.model.get_parameter(name).copy_(torch.from_numpy(array))
+    return setup
+
+
 def trained(store: Store, name: str) -> Trained:
     """What a finished run left inside the base network, on top of those that it started from.
 

@@ -312,6 +312,15 @@ def typed(cfg: DictConfig) -> tuple[RunConfig, Host]:
     return config, dataclasses.replace(host, results=str(literal_path(host.results)))
 
 
+def config_of(store: Store, run_id: str) -> RunConfig:
+    """The config of a run, read back from its folder."""
+    values = {}
+    for group, own in store.run(run_id).read_json("config")["config"].items():
+        for name, value in (own if isinstance(own, dict) else {"choice": own}).items():
+            values[group if name == "choice" else f"{group}.{name}"] = value
+    return typed(build(values)[0])[0]
+
+
 def need_device(name: str) -> None:
     """Refuse a device that this machine does not have."""
     here = list(dict.fromkeys(["auto", "cpu", device_type("auto")]))

@@ -1,7 +1,7 @@
 """Policies that read a rank for LoRA off a full fine-tuning: what each says, layer by layer.
 
 Each takes one measure of every layer's update. That a policy is here says nothing about whether it
-is right: claim C4 counts how often each one is, and `DEFAULT` is the one that was right most often.
+is right: claim C4 counts how often each one is.
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ ORACLE = "oracle"
 """The smallest k whose truncation W0 + dW_k still does what the whole update does."""
 
 DEFAULT = ORACLE
+"""What is recommended: a test holds it against the counts of claim C4."""
+
 WITHOUT_DATA = ("noise_edge", "stable_rank")
-"""What is recommended where only the weights are there, the better one first."""
+"""What is recommended where only the weights are there, in this order."""
+
+MARGIN = 0.02
+"""Score that a truncation or LoRA may lose against full fine-tuning and still be enough."""
 
 
 def policy_ranks(measures: pd.DataFrame, policy: str) -> pd.Series:

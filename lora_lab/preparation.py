@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_lab.adapters import Adapted, attach, compute_in, layer_seed, weight_of
+from lora_lab.adapters.full import FullLayer
 from lora_lab.config import Host, RunConfig
 from lora_lab.data import Problem
 from lora_lab.linalg import Update
@@ -124,14 +125,11 @@ def prepare(
     return Setup(config, problem, model, adapted, splits, accelerator, steps, base)
 
 
-def put_back(setup: Setup, updates: Mapping[str, Update], head: Mapping[str, np.ndarray]) -> None:
-    """Give a prepared full fine-tuning the weights and the head that its run ended with."""
-    for name, update in updates.items():
-        layer = setup.adapted[name]
-        weight = layer.W0 + torch.from_numpy(update.dense()).to(layer.W0)
-        layer.get_parameter("W").data.copy_(weight)
-    for name, array in head.items():
-        setup.model.get_parameter(name).data.copy_(torch.from_numpy(array))
+@torch.no_grad()
+def put_back(layers: Mapping[str, FullLayer], updates: Mapping[str, Update]) -> None:
+    """Give the layers of a full fine-tuning W0 + dW."""
+    for name, layer in layers.items():
+        layer.W.copy_(layer.W0.double() + torch.from_numpy(updates[name].dense()))
 
 
 def restore(base: nn.Module, shapes: Mapping[str, tuple[int, int]], left: Trained) -> None:

@@ -18,24 +18,29 @@ import pandas as pd
 
 from lora_lab.adapters.full import FullLayer
 from lora_lab.checkpoints.write import lora_config
-from lora_lab.config import Host, RunConfig, flat
+from lora_lab.config import Host
 from lora_lab.engine import Watcher, sweep
 from lora_lab.evaluation import evaluate, truncated
-from lora_lab.execution import linked
-from lora_lab.hydra_bridge import build, plan, typed
+from lora_lab.execution import reopened
+from lora_lab.hydra_bridge import config_of, plan
 from lora_lab.linalg import decompose
 from lora_lab.measuring import kept
 from lora_lab.outside import study
-from lora_lab.policies import DEFAULT, ORACLE, POLICIES, WITHOUT_DATA, overall, policy_ranks
-from lora_lab.preparation import prepare, put_back
+from lora_lab.policies import (
+    DEFAULT,
+    MARGIN,
+    ORACLE,
+    POLICIES,
+    WITHOUT_DATA,
+    overall,
+    policy_ranks,
+)
+from lora_lab.preparation import put_back
 from lora_lab.registry import WrongInput
 from lora_lab.replication import replicated
 from lora_lab.stats import Interval, t_interval
-from lora_lab.store import Store, Tables, load
+from lora_lab.store import Store, Tables
 from lora_lab.tasks import Tell
-
-MARGIN = 0.02
-"""Score that LoRA may lose against full fine-tuning."""
 
 PROBE_SEEDS, VERIFY_SEEDS = "0,1", "0,1,2,3,4"
 
@@ -65,9 +70,13 @@ class Advice:
     @property
     def recommended(self) -> pd.Series:
         """r by layer, at most min(out, in)."""
-        found = self.ranks[self.chosen]
+        return self.times(1)
+
+    def times(self, factor: float) -> pd.Series:
+        """This many times the chosen policy's r, at least 1 and at most min(out, in)."""
+        found = np.ceil(self.ranks[self.chosen] * factor).astype(int)
         most = pd.Series({name: min(self.shapes[name]) for name in found.index})
-        return found.clip(upper=most)
+        return found.clip(lower=1, upper=most)
 
     def content(self) -> dict[str, object]:
         """adapter_config.json for PEFT, with α = 2r in every layer."""
@@ -107,8 +116,6 @@ def from_runs(store: Store, run_ids: Sequence[str], host: Host, margin: float = 
     """
     measures = Tables(store, run_ids).measures
     measures = pd.concat([measures, replicated(store, [run_ids] if len(run_ids) > 1 else [])])
-    last = measures.groupby("run_id")["step"].transform("max")
-    measures = measures[measures["step"] == last].drop(columns="step")
     ranks = {name: policy_ranks(measures, name) for name in POLICIES}
     found = [truncation_curve(store, run_id, host, margin) for run_id in run_ids]
     curve = {k: float(np.mean([c[k] for _, c in found if k in c])) for k in sorted(
@@ -122,12 +129,6 @@ def from_runs(store: Store, run_ids: Sequence[str], host: Host, margin: float = 
     return Advice(ranks, DEFAULT, curve, {name: shapes[name] for name in layers})
 
 
-def config_of(store: Store, run_id: str) -> RunConfig:
-    """The config of a finished full fine-tuning."""
-    values = flat(store.run(run_id).read_json("config")["config"])
-    return typed(build(values)[0])[0]
-
-
 def truncation_curve(
     store: Store, run_id: str, host: Host, margin: float
 ) -> tuple[int, dict[int, float]]:
@@ -136,14 +137,12 @@ def truncation_curve(
     k doubles until a truncation is good enough, and the gap to the last one that is not is halved:
     about 2·log2(k) passes over the validation split, which training has not seen.
     """
-    config = config_of(store, run_id)
-    setup = prepare(config, host, store.cache, **linked(config, store))
-    run = store.run(run_id)
-    updates, whole = kept(run)
+    updates, whole = kept(store.run(run_id))
     if not whole:
         raise WrongInput(f"run {run_id} kept only leading directions; a probe keeps all of them.")
-    put_back(setup, updates, run.read_tensors("head"))
+    setup = reopened(store, run_id, config_of(store, run_id), host)
     layers = {name: m for name, m in setup.adapted.items() if isinstance(m, FullLayer)}
+    put_back(layers, updates)
     spectra = {n: decompose(u, vectors=True, layer=n) for n, u in updates.items()}
     most = max(min(s.shape) for s in spectra.values())
     curve = {most: evaluate(setup.model, setup.splits["validation"]).score}
@@ -236,21 +235,17 @@ def verify(advice: Advice, words: Sequence[str], watcher: Watcher) -> list[Trial
     words : sequence of str
         As for `probe`.
     """
-    ranks = advice.recommended
-    most = pd.Series({name: min(advice.shapes[str(name)]) for name in ranks.index})
-    tried = {}
-    for factor in (0.5, 1.0, 2.0):
-        own = np.ceil(ranks * factor).clip(lower=1).clip(upper=most).astype(int)
-        tried[overall(own)] = own
+    tried = {overall(own): own for own in map(advice.times, (0.5, 1.0, 2.0))}
     seeds = f"seed={VERIFY_SEEDS}"
     lines = [["adapter=full", seeds], *([*_line(r, own), seeds] for r, own in tried.items())]
     sets = [plan([line], words) for line in lines]
     host = sets[0][1]
     every = [one for planned, _ in sets for one in planned]
     _need_done(sweep("suggest-rank", every, host, watcher).status)
-    runs = load(host.results).runs.set_index("run_id")["score"]
-    whole, *others = ([runs[one.run_id] for one in planned] for planned, _ in sets)
-    lost = [np.subtract(whole, scores) for scores in others]
+    runs = Tables(Store(host.results), [one.run_id for one in every]).runs
+    scores = runs.set_index("run_id")["score"]
+    whole, *others = ([scores[one.run_id] for one in planned] for planned, _ in sets)
+    lost = [np.subtract(whole, own) for own in others]
     return [
         Trial(r, t_interval(own, level=0.9), len(own)) for r, own in zip(tried, lost, strict=True)
     ]

@@ -17,8 +17,7 @@ Cost: seconds, no runs.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import timeit
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,8 @@ def _row(d: int, r: int, generator: torch.Generator) -> dict[str, float]:
         wanted = x @ merged.T
         error = float((ours - wanted).norm() / wanted.norm())
         apart, formed = (
-            _seconds(call) for call in (lambda: (x @ A.T) @ B.T, lambda: x @ (B @ A).T)
+            min(timeit.repeat(call, number=1))
+            for call in (lambda: (x @ A.T) @ B.T, lambda: x @ (B @ A).T)
         )
     return {
         "d": d,
@@ -70,15 +70,6 @@ def _row(d: int, r: int, generator: torch.Generator) -> dict[str, float]:
         "dense": d * k,
         "time_over_dense": apart / formed,
     }
-
-
-def _seconds(call: Callable[[], Any], rounds: int = 5) -> float:
-    best = float("inf")
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - begin)
-    return best
 
 
 def verdict(table: pd.DataFrame) -> Verdict:

@@ -22,7 +22,7 @@ Cost: seconds, no runs.
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +86,8 @@ def _cell(width: int, name: str, ratio: float, generator: torch.Generator) -> li
         "way": "lab",
         **_errors(merged, W0, update),
         "operations": _counted(lambda: layers[0](x)) / _counted(lambda: x @ W0.T),
-        "time": _seconds(lambda: layers[0](x)) / _seconds(lambda: x @ W0.T),
+        "time": min(timeit.repeat(lambda: layers[0](x), number=1, repeat=9))
+        / min(timeit.repeat(lambda: x @ W0.T, number=1, repeat=9)),
     }
     layers[0].unmerge()
     kept["operations_apart"] = _counted(lambda: layers[0](x)) / _counted(lambda: x @ W0.T)
@@ -146,15 +147,6 @@ def _counted(call: Callable[[], Any]) -> int:
 
 
 @torch.no_grad()
-def _seconds(call: Callable[[], Any], rounds: int = 9) -> float:
-    best = float("inf")
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - begin)
-    return best
-
-
 def verdict(table: pd.DataFrame) -> Verdict:
     """Rounding, loss, cost, undoing and swapping, for both ways."""
     lab, hand = (table[table["way"] == way] for way in ("lab", "by hand"))

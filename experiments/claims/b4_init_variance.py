@@ -22,10 +22,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from experiments.curves import inside
 from lora_lab.claims import Verdict, together
 from lora_lab.figures import canvas, finish
 from lora_lab.inits import INITS
-from lora_lab.stats import Slope, slope
+from lora_lab.stats import Interval, Slope, slope
 
 NAMES = ("kaiming", "normal", "peft_gaussian", "orthogonal", "zero_a", "symmetric")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -56,12 +57,10 @@ def _slope(table: pd.DataFrame, init: str, column: str) -> Slope:
     return slope(np.log(own["r"]), np.log(own[column]))
 
 
-def _within(found: Slope, exponent: float, margin: float = 0.1) -> str:
-    """Whether the whole interval lies within a margin of an exponent, or the whole outside."""
-    low, high = found.low - exponent, found.high - exponent
-    if -margin < low and high < margin:
-        return "supported"
-    return "refuted" if low > margin or high < -margin else "unresolved"
+def _near(found: Slope, exponent: float, margin: float = 0.1) -> str:
+    """Whether an exponent lies within a margin of one that is claimed."""
+    interval = Interval(found.slope, found.low, found.high)
+    return inside(interval, exponent - margin, exponent + margin)
 
 
 def verdict(table: pd.DataFrame) -> Verdict:
@@ -72,7 +71,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
     still = table.groupby("init")["entry"].max()
     zeros = [name for name in NAMES if name != "symmetric" and still[name] == 0]
     alone = "supported" if len(zeros) == len(NAMES) - 1 else "refuted"
-    parts = [_within(grows, 1.0), _within(flat, 0.0), alone]
+    parts = [_near(grows, 1.0), _near(flat, 0.0), alone]
     said = (
         f"E[(BA)²] grows as r^{grows.slope:.2f} when both are random; ‖Ax‖² goes as "
         f"r^{flat.slope:.2f} for N(0, 1/r), r^{kaiming.slope:.2f} for Kaiming and "

@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.curves import inside
 from experiments.grids import DIGITS, MINILM, RANKS, SEEDS
 from lora_lab.claims import Found, Verdict, together
 from lora_lab.figures import canvas, finish
 from lora_lab.registry import WrongInput
-from lora_lab.stats import Interval, slope, t_interval, units_needed
+from lora_lab.stats import slope, t_interval, units_needed
 
 RATE = {DIGITS: "3e-3", MINILM: "1e-3"}
 ROOT = "adapter.alpha=16 adapter.scaling=rslora"
@@ -108,15 +109,8 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
                 mean, low, high = found = t_interval(values, LEVEL)
                 row = {"ground": ground, "rule": rule, "quantity": quantity, "exponent": mean}
                 row |= {"low": low, "high": high, "sd": values.std(), "seeds": len(values)}
-                out.append(row | {"outcome": _independent(found)})
+                out.append(row | {"outcome": inside(found, -MARGIN, MARGIN)})
     return pd.DataFrame(out)
-
-
-def _independent(found: Interval) -> str:
-    """Whether the whole interval lies within the margin of 0, or the whole outside."""
-    if found.low > -MARGIN and found.high < MARGIN:
-        return "supported"
-    return "refuted" if found.low > MARGIN or found.high < -MARGIN else "unresolved"
 
 
 def verdict(table: pd.DataFrame) -> Verdict:

@@ -6,10 +6,11 @@ explained, rather than trying r = 4, 8, 16, 32 and taking the smallest that is n
 Decided by: tasks of which the needed r is found by search: the smallest of r = 1, 2, 4 … (α = 2r,
 best rate) whose score is within .02 of full fine-tuning. Planted: true rank 1 to 32, little and
 much noise, flat and decaying spectra; digits near, far, and with a quarter of the data; MiniLM.
-From the full fine-tunings (median over layers, then over seeds) each policy says an r: energy 95 %
-(of all data, and of a quarter of them), effective rank, stable rank, edge of noise, directions that
-seeds share, oracle (the smallest truncation within .02); beside them trying 4, 8, 16, 32, and r = 8
-unseen. An r is right if, rounded up to a power of 2, it is the needed one or twice that.
+From the full fine-tunings each policy of `lora-lab suggest-rank` says an r for all layers: energy
+95 % (of all data, and of a quarter of them), effective rank, stable rank, edge of noise, directions
+that seeds share, oracle (the smallest truncation within .02 on the validation split); beside them
+trying 4, 8, 16, 32, and r = 8 unseen. An r is right if, rounded up to a power of 2, it is the
+needed one or twice that.
 
 Test: intervals over tasks. Energy (all data) is right: the mean of |log₂(r / needed)| lies below 1,
 a factor of 2 (95 % t interval). It beats trying: that mean less the same of trying lies below 0
@@ -34,12 +35,13 @@ import pandas as pd
 from experiments.curves import seeds_to_tell, spread
 from experiments.grids import DIGITS, MINILM, PLANTED, SEEDS, best, full, lora
 from lora_lab.claims import Found, Verdict, against, together
+from lora_lab.config import Host
 from lora_lab.figures import canvas, final, finish
-from lora_lab.policies import POLICIES, overall, policy_ranks
-from lora_lab.replication import replicated
+from lora_lab.policies import MARGIN, overall, policy_ranks
 from lora_lab.stats import rate_interval
+from lora_lab.suggesting import from_runs
 
-MARGIN, TRIED = 0.02, (4, 8, 16, 32)
+TRIED = (4, 8, 16, 32)
 _PLANTED = [
     f"{PLANTED} data.width=64 data.true_r={r} data.noise={noise}{decay} data.seed={i} "
     "seed=0,1,2"
@@ -77,7 +79,7 @@ SWEEP = {
     ],
 }
 WEIGHTS = True
-ENERGY, PORTION, ORACLE, TRY, EIGHT = "energy", "energy, a quarter", "oracle", "try", "r = 8"
+ENERGY, PORTION, TRY, EIGHT = "energy", "energy, a quarter", "try", "r = 8"
 
 
 def rows(found: Found) -> pd.DataFrame:
@@ -96,7 +98,8 @@ def rows(found: Found) -> pd.DataFrame:
         said = _policies(found, whole)
         part = chosen[(chosen["task"] == task) & (chosen["n"] < n) & (chosen["adapter"] == "full")]
         if len(part):
-            said[PORTION] = _policies(found, part)[ENERGY]
+            measures = final(found.measures, part["run_id"])
+            said[PORTION] = float(overall(policy_ranks(measures, ENERGY)))
         passed = [r for r in TRIED if near.get(r, False)]
         said |= {TRY: float(min(passed, default=TRIED[-1])), EIGHT: 8.0}
         about = {
@@ -138,25 +141,9 @@ def _needed(whole: pd.DataFrame, search: pd.DataFrame) -> tuple[float, dict[floa
 
 
 def _policies(found: Found, whole: pd.DataFrame) -> dict[str, float]:
-    """r by policy: median over layers, then over seeds; NaN where a policy refuses."""
-    ids = whole["run_id"].tolist()
-    same = whole.groupby("data.seed")["run_id"].apply(list)
-    # Only runs of one problem can share directions.
-    groups = [group for group in same if len(group) > 1]
-    shared = replicated(found.store, groups)
-    measures = final(found.measures, ids)
-    measures = pd.concat([measures, shared]) if len(shared) else measures
-    said = {}
-    for name in POLICIES:
-        ranks = [policy_ranks(measures[measures["run_id"] == i], name) for i in ids]
-        each = [float(overall(r)) for r in ranks if len(r)]
-        said[name] = float(np.median(each or [np.nan]))
-    scores = measures[
-        (measures["measure"] == "oracle_score") & (measures["side"] == "trained_head")
-    ]
-    by = scores.groupby("k")["value"].mean()
-    said[ORACLE] = max(1.0, float(by.index[by >= by.iloc[-1] - MARGIN].min()))
-    return said
+    """r for all layers by policy, as `lora-lab suggest-rank` says it of these runs."""
+    advice = from_runs(found.store, whole["run_id"].tolist(), Host(device="cpu"))
+    return {name: float(overall(ranks)) for name, ranks in advice.ranks.items()}
 
 
 def _judge(table: pd.DataFrame) -> pd.DataFrame:

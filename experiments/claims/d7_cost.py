@@ -23,8 +23,7 @@ Cost: two minutes, no runs.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import timeit
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ def compute(size: str, seed: int) -> pd.DataFrame:
     # Interleaved, so that what else the machine does falls on all of them alike.
     for _ in range(rounds):
         for r, step in steps.items():
-            best[r] = min(best[r], _seconds(step))
+            best[r] = min(best[r], timeit.timeit(step, number=1))
     out = [{"what": "step", "r": r, "seconds": best[r], **s.counts()} for r, s in steps.items()]
     out += [{"what": how, "memory": needed} for how, needed in _billions().items()]
     return pd.DataFrame(out)
@@ -119,12 +118,6 @@ def _addmm(_: Any, one: Any, other: Any, **_kw: Any) -> int:
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def _billions() -> dict[str, float]:

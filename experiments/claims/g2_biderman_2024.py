@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from experiments.curves import inside
 from experiments.grids import DIGITS, MINILM, SEEDS, SMOKE, best, full, lora
 from lora_lab.claims import Found, Verdict, against, together
 from lora_lab.data.digits import DigitsData, Half
@@ -112,15 +113,6 @@ def _remembered(found: Found, run_id: str) -> float:
     return evaluate(model, config.encode(problem, "test", found.store.cache)).score
 
 
-def _within(found: Interval, centre: float, margin: float) -> str:
-    """Whether the whole interval lies within a margin of a value, or the whole outside."""
-    if centre - margin < found.low and found.high < centre + margin:
-        return "supported"
-    return (
-        "refuted" if found.low > centre + margin or found.high < centre - margin else "unresolved"
-    )
-
-
 def _figures(table: pd.DataFrame) -> dict[str, Interval]:
     """The six numbers that decide, each with its interval."""
     rank = table[table["part"] == "rank"]
@@ -160,10 +152,10 @@ def verdict(table: pd.DataFrame) -> Verdict:
     found = _figures(table)
     parts = {
         "rank": against(found["rank"], LEAST),
-        "share": _within(found["share"], HALF, NEAR),
+        "share": inside(found["share"], HALF - NEAR, HALF + NEAR),
         "growth": against(found["growth"], 0.0),
         "modules": against(found["modules"], 0.0),
-        "noise": _within(found["noise"], 1.0, SIMILAR),
+        "noise": inside(found["noise"], 1 - SIMILAR, 1 + SIMILAR),
         "forgetting": against(found["forgetting"], 0.0),
     }
     words = {

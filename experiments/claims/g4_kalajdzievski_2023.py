@@ -23,13 +23,15 @@ Cost: 65 runs of a second on digits, 35 of them the shared grid's, and 45 on Min
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from experiments.curves import inside
 from experiments.grids import DIGITS, MINILM, RANKS, SEEDS
-from lora_lab.claims import Found, Verdict, against, together
+from lora_lab.claims import Found, Verdict, together
 from lora_lab.figures import canvas, finish
 from lora_lab.registry import WrongInput
 from lora_lab.stats import Interval, slope, t_interval, units_needed
@@ -95,12 +97,6 @@ def _exponent(own: pd.DataFrame, moment: str) -> tuple[Interval, float, int]:
     return t_interval(slopes), spread, len(slopes)
 
 
-def _stable(found: Interval) -> str:
-    if found.low > -MARGIN and found.high < MARGIN:
-        return "supported"
-    return "refuted" if found.low > MARGIN or found.high < -MARGIN else "unresolved"
-
-
 def verdict(table: pd.DataFrame) -> Verdict:
     """Collapse of α/r and stability of α/√r, on each ground."""
     parts, words, needed, seeds = [], [], 0, 0
@@ -111,7 +107,8 @@ def verdict(table: pd.DataFrame) -> Verdict:
             found, spread, n = _exponent(own, moment)
             if n < 2:
                 continue
-            outcome = against(found, -MARGIN, more=False) if rule == "α/r" else _stable(found)
+            falls = rule == "α/r"
+            outcome = inside(found, *((-math.inf, -MARGIN) if falls else (-MARGIN, MARGIN)))
             parts.append(outcome)
             seeds = max(seeds, n)
             first.setdefault(rule, found)
