@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lora_lab.registry import WrongInput
-from lora_lab.stats import Interval, t_interval, units_needed
+from lora_lab.stats import Interval, slope, t_interval, units_needed
 
 
 def optimum(tried: Iterable[float], losses: Iterable[float]) -> tuple[float, bool]:
@@ -73,6 +73,25 @@ def reached(steps: Iterable[float], losses: Iterable[float], target: float) -> f
 def spread(values: Iterable[float], level: float = 0.95) -> Interval:
     """`stats.t_interval` of the finite values: seeds without a result are left out."""
     return t_interval([v for v in values if math.isfinite(v)], level)
+
+
+def slopes(points: pd.DataFrame, x: str, y: str) -> pd.Series:
+    """Slope of y on x for each `seed` that has three values of x or more.
+
+    Their t interval holds also where the points of a seed depend on each other, as the steps of one
+    run do; a regression over all points would take them for independent.
+
+    >>> points = pd.DataFrame({"seed": [0, 0, 0, 1], "x": [1, 2, 3, 1], "y": [2, 4, 6, 0]})
+    >>> slopes(points, "x", "y").round(6).to_dict()
+    {0: 2.0}
+    """
+    kept = points.dropna(subset=[x, y])
+    found = {
+        seed: slope(own[x], own[y]).slope
+        for seed, own in kept.groupby("seed")
+        if own[x].nunique() >= 3
+    }
+    return pd.Series(found, dtype="float64")
 
 
 def inside(found: Interval, low: float, high: float) -> str:

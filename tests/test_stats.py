@@ -43,7 +43,8 @@ def covers(found: tuple[float, float, float] | object, truth: float) -> bool:
 # ---- coverage: 95 % within what 2,000 trials can tell, and inside 93 to 97 % ---------------------
 
 
-@pytest.mark.parametrize("n", [3, 5, 10])
+# 3 and 5 seeds, 8 problems, the 12 tasks of claim C4.
+@pytest.mark.parametrize("n", [3, 5, 8, 12])
 def test_t_intervals_over_seeds_cover(n: int) -> None:
     found = share(lambda rng: covers(t_interval(rng.normal(0.8, 0.02, n)), 0.8))
     assert 0.93 <= found <= 0.97
@@ -66,7 +67,7 @@ def test_bootstrap_intervals_over_examples_cover(n: int) -> None:
         right = rng.random(n) < 0.8
         return covers(bootstrap(right, seed=int(rng.integers(2**31)), resamples=999), 0.8)
 
-    assert 0.93 <= share(trial, 600) <= 0.975
+    assert 0.93 <= share(trial, 600) <= 0.97
 
 
 def test_bootstrap_intervals_over_36_layers_cover() -> None:
@@ -74,16 +75,24 @@ def test_bootstrap_intervals_over_36_layers_cover() -> None:
         layers = rng.gamma(4.0, 0.25, 36)
         return covers(bootstrap(layers, seed=int(rng.integers(2**31)), resamples=999), 1.0)
 
-    assert 0.92 <= share(trial, 600) <= 0.97
+    assert 0.93 <= share(trial, 600) <= 0.97
 
 
-@pytest.mark.parametrize("p", [0.5, 0.9, 0.95])
-def test_intervals_of_a_rate_cover(p: float) -> None:
-    # Exactly, over all outcomes of 40 trials, not by simulation; a rate jumps from count to count.
-    hits = np.arange(41)
-    chance = reference.binom.pmf(hits, 40, p)
-    inside = [covers(rate_interval(int(h), 40), p) for h in hits]
-    assert 0.92 <= float(chance[inside].sum()) <= 0.98
+@pytest.mark.parametrize("trials", [12, 40])  # the tasks of claim C4, the problems of a benchmark
+def test_intervals_of_a_rate_cover(trials: int) -> None:
+    # Exactly, over all outcomes, not by simulation. A rate jumps from count to count, so that no
+    # interval covers every rate equally often: all between them, and none much less.
+    hits = np.arange(trials + 1)
+    found = [rate_interval(int(h), trials) for h in hits]
+    rates = np.linspace(0.05, 0.95, 91)
+    chances = np.array(
+        [
+            reference.binom.pmf(hits, trials, p)[[covers(one, p) for one in found]].sum()
+            for p in rates
+        ]
+    )
+    assert 0.93 <= chances.mean() <= 0.97
+    assert chances.min() > 0.9
 
 
 def test_slopes_with_intervals_cover() -> None:
@@ -96,12 +105,15 @@ def test_slopes_with_intervals_cover() -> None:
     assert 0.93 <= share(trial) <= 0.97
 
 
-def test_slopes_within_blocks_cover_whatever_the_blocks_levels() -> None:
-    x, block = np.tile(np.log([1, 4, 16, 64]), 3), np.repeat(["a", "b", "c"], 4)
+# Values of x times blocks: starts of claim E1, widths of D10, pairs of tasks in F3.
+@pytest.mark.parametrize(("points", "blocks"), [(4, 3), (3, 5), (6, 5)])
+def test_slopes_within_blocks_cover_whatever_the_blocks_levels(points: int, blocks: int) -> None:
+    x = np.tile(np.log(4.0) * np.arange(points), blocks)
+    block = np.repeat(np.arange(blocks), points)
 
     def trial(rng: np.random.Generator) -> bool:
-        levels = np.repeat(rng.normal(0, 5, 3), 4)
-        fit = blocked_slope(x, levels + 0.3 * x + rng.normal(0, 0.1, 12), block)
+        levels = np.repeat(rng.normal(0, 5, blocks), points)
+        fit = blocked_slope(x, levels + 0.3 * x + rng.normal(0, 0.1, len(x)), list(block))
         return fit.low <= 0.3 <= fit.high
 
     assert 0.93 <= share(trial) <= 0.97

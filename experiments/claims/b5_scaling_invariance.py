@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.curves import inside
+from experiments.curves import inside, slopes
 from experiments.grids import DIGITS, MINILM, RANKS, SEEDS
 from lora_lab.claims import Found, Verdict, together
 from lora_lab.figures import canvas, finish
 from lora_lab.registry import WrongInput
-from lora_lab.stats import slope, t_interval, units_needed
+from lora_lab.stats import t_interval, units_needed
 
 RATE = {DIGITS: "3e-3", MINILM: "1e-3"}
 ROOT = "adapter.alpha=16 adapter.scaling=rslora"
@@ -90,21 +90,12 @@ def rows(found: Found) -> pd.DataFrame:
     return pd.concat([table[of].assign(rule=rule) for rule, of in follows.items()])
 
 
-def _slopes(own: pd.DataFrame, quantity: str) -> pd.Series:
-    """Exponent of r for each seed that has three values of r or more."""
-    found = {}
-    for seed, points in own.dropna(subset=[quantity]).groupby("seed"):
-        if points["r"].nunique() >= 3:
-            found[seed] = slope(np.log(points["r"]), points[quantity]).slope
-    return pd.Series(found, dtype="float64")
-
-
 def exponents(table: pd.DataFrame) -> pd.DataFrame:
     """Exponent of r with its interval and outcome for each ground, rule and quantity."""
     out = []
     for (ground, rule), own in table.groupby(["ground", "rule"]):
         for quantity in QUANTITIES:
-            values = _slopes(own, quantity)
+            values = slopes(own.assign(x=np.log(own["r"])), "x", quantity)
             if len(values):
                 mean, low, high = found = t_interval(values, LEVEL)
                 row = {"ground": ground, "rule": rule, "quantity": quantity, "exponent": mean}

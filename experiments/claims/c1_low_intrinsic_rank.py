@@ -122,8 +122,9 @@ def verdict(table: pd.DataFrame) -> Verdict:
         mean = known.groupby("part")["count"].mean()
         notes.append(
             f"where the true rank is {known['true_r'].iloc[0]:g}, 90 % of the energy takes "
-            f"{mean['energy']:.0f} directions, seeds share {mean['replicated']:.0f}, and "
-            f"{_enough(known):g} keep the score"
+            f"{mean['energy']:.0f} directions and {_enough(known):g} keep the score; seeds share "
+            f"{mean['replicated']:.0f} there, as they also share their examples and the noise in "
+            "them"
         )
     return judged(table[table["model"] != "planted"], PARTS, "; ".join(filter(None, notes)))
 

@@ -101,15 +101,22 @@ def _lost(table: pd.DataFrame, count: int, way: str = "sum") -> pd.Series:
     return (own["alone"] - own[way]).groupby(own["seed"]).mean()
 
 
-def _tells(table: pd.DataFrame, name: str) -> str:
-    """How the loss of pairs goes with a measure, in words."""
-    pairs = table[(table["count"] == 2) & table[name].notna()]
-    try:
-        found = blocked_slope(pairs[name], pairs["alone"] - pairs["sum"], list(pairs["seed"]))
-    except WrongInput:
-        return f"{name} unknown"
-    told = "up" if found.low > 0 else "down" if found.high < 0 else "not"
-    return f"{name} {told} ({found.slope:.2g} [{found.low:.2g}, {found.high:.2g}])"
+def _tells(table: pd.DataFrame) -> str:
+    """Which measures tell how much a pair loses, in words."""
+    told: dict[str, list[str]] = {"more": [], "less": [], "": []}
+    for name in MEASURES:
+        pairs = table[(table["count"] == 2) & table[name].notna()]
+        try:
+            found = blocked_slope(pairs[name], pairs["alone"] - pairs["sum"], list(pairs["seed"]))
+        except WrongInput:
+            continue
+        told["more" if found.low > 0 else "less" if found.high < 0 else ""].append(
+            name.replace("_", " ")
+        )
+    said = [f"pairs with more {w} lose {how}" for how, of in told.items() if how for w in of]
+    if told[""]:
+        said.append(f"how much a pair loses is not told by its {' or its '.join(told[''])}")
+    return "; ".join(said)
 
 
 def verdict(table: pd.DataFrame) -> Verdict:
@@ -125,8 +132,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
         f"{100 * every.value:.1f} [{100 * every.low:.1f}, {100 * every.high:.1f}] with "
         f"{most - 1} others (down to {own['sum'].mean():.2f}; averaged in place of summed "
         f"{100 * _lost(table, 2, 'mean').mean():.1f} and "
-        f"{100 * _lost(table, most, 'mean').mean():.1f}); the loss of a pair goes with "
-        f"{', '.join(_tells(table, name) for name in MEASURES)}"
+        f"{100 * _lost(table, most, 'mean').mean():.1f}); {_tells(table)}"
     )
     if outcome == "unresolved":
         said += f"; {seeds_to_tell(_lost(table, 2), MARGIN)}"

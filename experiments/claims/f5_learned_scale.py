@@ -148,7 +148,8 @@ def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:
             out.append(row | {"scaling": "alpha_over_r", "score": 0.9})
             out.append(row | {"scaling": "learned", "score": score + gain})
             for i, kind in enumerate(("key", "query", "value")):
-                s = START * math.exp(apart * i + 0.005 * rng.normal())
+                own = apart + 0.1 * swing * wide
+                s = START * math.exp(own * i + 0.005 * rng.normal())
                 out.append(row | {"scaling": "learned", "kind": kind, "s": s, "edge": None})
     return pd.DataFrame(out).assign(run_id="", lr=1e-2)
 

@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.curves import inside
+from experiments.curves import inside, slopes
 from experiments.grids import DIGITS, MINILM, RANKS, SEEDS
 from lora_lab.claims import Found, Verdict, together
 from lora_lab.figures import canvas, finish
 from lora_lab.registry import WrongInput
-from lora_lab.stats import Interval, slope, t_interval, units_needed
+from lora_lab.stats import Interval, t_interval, units_needed
 
 RATE = {DIGITS: "3e-3", MINILM: "1e-3"}
 ROOT = "adapter.alpha=16 adapter.scaling=rslora"
@@ -88,13 +88,8 @@ def _ln(traces: pd.DataFrame) -> pd.Series:
 
 def _exponent(own: pd.DataFrame, moment: str) -> tuple[Interval, float, int]:
     """Mean slope over seeds with its interval, their spread, and how many there are."""
-    slopes = [
-        slope(np.log(points["r"]), points[moment]).slope
-        for _, points in own.dropna(subset=[moment]).groupby("seed")
-        if points["r"].nunique() >= 3
-    ]
-    spread = float(np.std(slopes, ddof=1)) if len(slopes) > 1 else float("nan")
-    return t_interval(slopes), spread, len(slopes)
+    found = slopes(own.assign(x=np.log(own["r"])), "x", moment)
+    return t_interval(found), float(found.std()), len(found)
 
 
 def verdict(table: pd.DataFrame) -> Verdict:
