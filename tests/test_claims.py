@@ -31,35 +31,12 @@ from lora_lab.stats import Interval
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = {claim.id: claim for claim in claims()}
-COMPUTED = [claim for claim in CLAIMS.values() if claim.computed]
-
-
-@pytest.fixture(scope="module")
-def tables() -> dict[str, pd.DataFrame]:
-    return {c.id: table_of(c, "smoke", Path("results"), []) for c in COMPUTED}
 
 
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
 def test_a_claim_fixes_beforehand_what_decides_it(claim) -> None:
     assert set(claim.sections) == set(SECTIONS)
     assert claim.module.__doc__.startswith(f"{claim.id}: ")
-
-
-@pytest.mark.parametrize("claim", COMPUTED, ids=lambda c: c.id)
-def test_a_verdict_and_its_figure_come_from_the_committed_table_alone(
-    claim, tables: dict[str, pd.DataFrame], tmp_path: Path
-) -> None:
-    entry = Entry(claim, tmp_path)
-    found = entry.decide(tables[claim.id], "smoke", "0" * 64)
-    assert found.outcome in OUTCOMES
-    stored = json.loads(entry.path("json").read_text())
-    assert stored["said"] == found.said
-    assert set(stored) >= {
-        *("id", "outcome", "said", "statistic", "interval", "p", "n_seeds", "effect")
-    }
-    again = claim.verdict(read_csv(entry.path("csv").read_text()))
-    assert (again.outcome, again.said) == (found.outcome, found.said)
-    assert entry.path("png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_claim_runs_at_smoke_size_and_a_second_time_trains_nothing(
@@ -69,10 +46,13 @@ def test_every_claim_runs_at_smoke_size_and_a_second_time_trains_nothing(
     assert main(words) == 0, capsys.readouterr().out
     for claim in CLAIMS.values():
         entry = Entry(claim, tmp_path / "claims")
-        assert entry.stored is not None, claim.id
-        assert entry.stored["size"] == "smoke"
+        stored = entry.stored or {}
+        assert set(stored) >= {"id", "statistic", "interval", "p", "n_seeds", "effect"}, claim.id
+        assert stored["size"] == "smoke"
+        again = claim.verdict(read_csv(entry.path("csv").read_text()))
+        assert (again.outcome, again.said) == (stored["outcome"], stored["said"])
         assert entry.stale() == ""
-        assert entry.path("png").is_file()
+        assert entry.path("png").read_bytes().startswith(b"\x89PNG")
     ledger = (tmp_path / "claims" / "README.md").read_text()
     assert all(f"**{name}**" in ledger for name in CLAIMS)
     capsys.readouterr()
@@ -102,17 +82,16 @@ def test_the_committed_ledger_lists_every_claim_and_few_are_unresolved() -> None
     assert outcomes.count("unresolved") <= 10
 
 
-def test_a_verdict_whose_table_runs_or_code_have_changed_is_stale(
-    tables: dict[str, pd.DataFrame], tmp_path: Path
-) -> None:
+def test_a_verdict_whose_table_runs_or_code_have_changed_is_stale(tmp_path: Path) -> None:
     claim, entry = CLAIMS["A1"], Entry(CLAIMS["A1"], tmp_path)
-    entry.decide(tables["A1"], "smoke", claim.table_code(["0123456789ab"]))
+    table = table_of(claim, "smoke", tmp_path, [])
+    entry.decide(table, "smoke", claim.table_code(["0123456789ab"]))
     assert entry.stale() == entry.stale(["0123456789ab"]) == ""
     assert entry.stale([]) == "runs"
     csv = entry.path("csv")
     csv.write_text(csv.read_text().replace("random", "other", 1))
     assert entry.stale() == "table"
-    entry.decide(tables["A1"], "smoke", "")
+    entry.decide(table, "smoke", "")
     path = entry.path("json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"code": "0" * 64}))
     assert Entry(claim, tmp_path).stale() == "code"
@@ -150,7 +129,8 @@ def test_a_verdict_says_what_a_made_up_table_was_made_to_say(claim, outcome: str
             continue
         found = claim.verdict(read_csv(as_csv(table)))
         assert found.outcome == outcome, found.said
-        assert claim.module.figure(read_csv(as_csv(table))) is not None
+        if seed == 0:
+            assert claim.module.figure(read_csv(as_csv(table))) is not None
 
 
 def exact(claim: Claim) -> bool:

@@ -152,7 +152,6 @@ def figure(table: pd.DataFrame) -> Any:
         ax.axhline(0, color="grey", lw=1)
         ax.set_xscale("log")
         ax.set_xticks(list(gains.columns), [f"{k:g}" for k in gains.columns])
-        ax.minorticks_off()
         lowest = own.loc[own["k"] > 1, "truncated"].min() - own["truncated"].max()
         ax.set_ylim(max(lowest, -0.15) - 0.01, None)
         ax.set_xlabel("k, directions kept")

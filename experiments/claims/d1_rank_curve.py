@@ -200,7 +200,6 @@ def figure(table: pd.DataFrame) -> Any:
             ax.plot(r, level - c / np.log(r), ls="--", color="grey", label="full − c/log r")
         ax.set_xscale("log")
         ax.set_xticks(list(by.columns), [f"{r:g}" for r in by])
-        ax.minorticks_off()
         ax.set_xlabel("r")
         ax.set_ylabel("test score")
         ax.set_title(model, fontsize=10, loc="left")

@@ -155,7 +155,6 @@ def figure(table: pd.DataFrame) -> Any:
         ax.axhline(0, color="grey", lw=1)
         ax.set_xscale("log")
         ax.set_xticks(list(gain.columns), [f"{n:,.0f}" for n in gain])
-        ax.minorticks_off()
         ax.set_xlabel("training examples")
         ax.set_ylabel(f"score at r = {HIGH} − at r = {LOW}")
         ax.set_title(model, fontsize=10, loc="left")

@@ -141,10 +141,9 @@ def figure(table: pd.DataFrame) -> Any:
     ax.set_xscale("log")
     ranks = sorted(table["r"].dropna().unique())
     ax.set_xticks(ranks, [f"{r:g}" for r in ranks])
-    ax.minorticks_off()
     ax.set_xlabel("r")
     ax.set_ylabel("test score, LoRA − full")
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="lower right")
     note = (
         f"Enough is what lies above the dashed line ({MARGIN} below full) with its whole 90 % "
         "interval over seeds. Far: pixels in another order, another one a seed."

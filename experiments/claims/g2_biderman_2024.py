@@ -224,7 +224,6 @@ def figure(table: pd.DataFrame) -> Any:
     for _, own in table[table["part"] == "course"].groupby("seed"):
         middle.plot(own["step"], own["value"], marker="o", ms=3)
     middle.set_xscale("log")
-    middle.minorticks_off()
     middle.set_xlabel("step")
     middle.set_ylabel("energy_rank(.9), full, digits")
     kept = table[table["part"] == "kept"]

@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 from lora_lab.registry import Registry
 from lora_lab.stats import t_interval
@@ -282,7 +283,11 @@ def literal(text: object) -> str:
 
 
 def finish(drawn: Figure, title: str, note: str) -> Figure:
-    """Give a figure its title and, small below it, its note."""
+    """Give a figure its title and, small below it, its note; plain numbers on logarithmic axes."""
+    for axis in (axis for ax in drawn.axes for axis in (ax.xaxis, ax.yaxis)):
+        # What a figure has set for itself stays.
+        if isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
+            plain_numbers(axis)
     drawn.suptitle(literal(title), x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     if note:
         lines = textwrap.fill(literal(note), width=int(16 * drawn.get_figwidth()))
@@ -309,14 +314,14 @@ def score_bands(ax: Axes, runs: pd.DataFrame, across: bool = False) -> list[tupl
     return labels
 
 
-def log_axis(ax: Axes) -> None:
-    """A logarithmic y axis with plain numbers, at 1, 2 and 5 where a decade has the room."""
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    within = high / low < 3000
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if within else (1,), numticks=12))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
+def plain_numbers(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers; of base 10 at 1, 2 and 5 where there is room."""
+    low, high = sorted(axis.get_view_interval())
+    if axis.get_transform().base == 10:
+        within = high / low < 3000
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if within else (1,), numticks=12))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def end_labels(ax: Axes, labels: list[tuple[float, str, Any]]) -> None:

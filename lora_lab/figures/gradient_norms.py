@@ -16,7 +16,6 @@ from lora_lab.figures import (
     end_labels,
     figure,
     finish,
-    log_axis,
     main_rule,
     method_lines,
 )
@@ -72,7 +71,7 @@ def gradient_norms(tables: Tables) -> Figure | None:
         ax.set_title(PANELS[trace], fontsize=10, loc="left")
         ax.set_xlabel("optimizer step", fontsize=10)
         ends.append(labels)
-    log_axis(axes[0][0])
+    axes[0][0].set_yscale("log")
     for ax, labels in zip(axes[0], ends, strict=True):
         end_labels(ax, labels)
     axes[0][0].set_ylabel("gradient norm, RMS over layers", fontsize=10)

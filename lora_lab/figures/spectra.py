@@ -15,7 +15,6 @@ from lora_lab.figures import (
     figure,
     final,
     finish,
-    log_axis,
     main_rule,
     method_lines,
 )
@@ -67,7 +66,7 @@ def spectra(tables: Tables) -> Figure | None:
             ax.annotate(name, (end, y), xytext=at, textcoords="offset points", color=colour,
                         fontsize=9, ha=place[0], va=place[1])  # fmt: skip
         # What lies six decades down is rounding and would flatten the rest.
-        log_axis(ax)
+        ax.set_yscale("log")
         ax.set_ylim(bottom=max(ax.get_ylim()[0], ax.dataLim.y1 * 1e-6), top=ax.dataLim.y1 * 1.6)
         ax.set_xlabel("index i (1 = largest)", fontsize=10)
         ax.set_title(label, fontsize=10, loc="left")
