@@ -13,8 +13,10 @@ import tiny
 import torch
 from transformers import AutoModel
 
+from experiments.claims.c4_rank_by_95_percent import judge
+from lora_lab.claims import read_csv
 from lora_lab.cli import main
-from lora_lab.policies import DEFAULT, POLICIES, overall, policy_ranks
+from lora_lab.policies import DEFAULT, ORACLE, POLICIES, WITHOUT_DATA, overall, policy_ranks
 from lora_lab.stats import Interval
 from lora_lab.suggesting import Trial
 
@@ -128,3 +130,13 @@ def test_a_trial_passes_only_when_its_whole_interval_is_below_the_margin() -> No
 def test_one_r_for_all_layers_is_their_median_and_the_default_policy_is_known() -> None:
     assert overall(pd.Series([1, 2, 2, 40])) == 2
     assert DEFAULT in {*POLICIES, "oracle"}
+
+
+def test_what_is_recommended_was_right_most_often_in_the_committed_claim() -> None:
+    table = Path(__file__).parents[1] / "results" / "claims" / "C4_rank_by_95_percent.csv"
+    found = judge(read_csv(table.read_text())).dropna(subset="right")
+    right = found["right"].astype(float).groupby(found["policy"]).mean()
+    assert right[DEFAULT] == right[[ORACLE, *POLICIES]].max()
+    # Seeds are needed for `replicated`.
+    alone = [right[name] for name in POLICIES if name != "replicated"]
+    assert [right[name] for name in WITHOUT_DATA] == sorted(alone, reverse=True)[:2]

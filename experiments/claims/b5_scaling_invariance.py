@@ -113,22 +113,18 @@ def verdict(table: pd.DataFrame) -> Verdict:
     outcome = together(found["outcome"])
     main = found[found["ground"] == found["ground"].min()]
     words = []
-    for rule, own in main.groupby("rule", sort=False):
-        at = own.set_index("quantity")["exponent"].reindex(QUANTITIES)
-        words.append(
-            f"{rule}: ‖∇‖ r^{at.iloc[0]:.2f} at the start and r^{at.iloc[1]:.2f} at the end, "
-            f"‖dW‖ r^{at.iloc[2]:.2f} and r^{at.iloc[3]:.2f}"
-        )
+    for quantity, name in (("gradient_start", "the first gradient"), ("update_end", "‖dW‖")):
+        own = main[main["quantity"] == quantity]
+        powers = [
+            f"r^{exponent:.2f} ({rule})"
+            for rule, exponent in own[["rule", "exponent"]].itertuples(index=False)
+        ]
+        words.append(f"{name} goes as {', '.join(powers)}")
     free = found[found["outcome"] == "supported"]
-    kept = [
-        f"{quantity.replace('_', ' at the ')} under {rule} on {ground}"
-        for ground, rule, quantity in free[["ground", "rule", "quantity"]].itertuples(index=False)
-    ]
     said = (
-        f"Independent of r (exponent within ±{MARGIN:g}) in {len(free)} of {len(found)} cases"
-        + (f" ({', '.join(kept)})" if kept else "")
-        + f", growing in {int((found['low'] > MARGIN).sum())}, falling in "
-        f"{int((found['high'] < -MARGIN).sum())}; on {main['ground'].iloc[0]} {'; '.join(words)}"
+        f"Independent of r (exponent within ±{MARGIN:g}) in {len(free)} of {len(found)} cases, "
+        f"growing in {int((found['low'] > MARGIN).sum())}, falling in "
+        f"{int((found['high'] < -MARGIN).sum())}; on {main['ground'].iloc[0]} {' and '.join(words)}"
         + (f"; to decide the rest takes {_needed(found)}." if outcome == "unresolved" else ".")
     )
     worst = found.iloc[int(found["exponent"].abs().to_numpy().argmax())]

@@ -146,7 +146,7 @@ def _policies(found: Found, whole: pd.DataFrame) -> dict[str, float]:
     return {name: float(overall(ranks)) for name, ranks in advice.ranks.items()}
 
 
-def _judge(table: pd.DataFrame) -> pd.DataFrame:
+def judge(table: pd.DataFrame) -> pd.DataFrame:
     """The table with `off`, doublings from the needed r, and `right`."""
     off = np.log2(table["r"] / table["needed"])
     grid = 2 ** np.ceil(np.log2(table["r"]) - 1e-9)
@@ -156,7 +156,7 @@ def _judge(table: pd.DataFrame) -> pd.DataFrame:
 
 def verdict(table: pd.DataFrame) -> Verdict:
     """Whether 95 % of the energy is right, and beats trying."""
-    found = _judge(table)
+    found = judge(table)
     far = found.assign(far=found["off"].abs()).pivot_table(
         index="task", columns="policy", values="far"
     )
@@ -203,7 +203,7 @@ def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:
 
 def figure(table: pd.DataFrame) -> Any:
     """How many doublings each policy is from what each task needs."""
-    found = _judge(table)
+    found = judge(table)
     policies = list(found["policy"].unique())
     picture, [[ax]] = canvas(10, 4.5)
     rng = np.random.default_rng(0)  # of the places of points that would hide each other
