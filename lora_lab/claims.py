@@ -29,7 +29,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +45,9 @@ from lora_lab.store import Store, Tables
 OUTCOMES = ("supported", "refuted", "mixed", "unresolved")
 SEEDS = {"smoke": 1, "paper": 5}
 """How often `compute` is called, with seed 0, 1 …"""
+
+HELPERS = ("experiments.", "lora_lab.claims")
+"""Modules whose functions count as a verdict's own code."""
 
 SECTIONS = ("Claim", "Decided by", "Test", "Power", "Cost")
 """Paragraphs that every claim's docstring has."""
@@ -180,36 +183,64 @@ class Claim:
         """
         return [] if self.computed else [shlex.split(line) for line in self.module.SWEEP[size]]
 
-    def code(self, *names: str) -> str:
-        """SHA-256 of these functions and values of its file, and of all in it that they use.
-
-        Comments and layout do not count.
-        """
-        tree = ast.parse(inspect.getsource(self.module))
-        parts = {name: node for node in tree.body for name in _defined(node)}
-        used: dict[str, str] = {}
-        todo = [name for name in names if name in parts]
-        while todo:
-            name = todo.pop()
-            if name not in used:
-                used[name] = ast.unparse(parts[name])
-                words = {n.id for n in ast.walk(parts[name]) if isinstance(n, ast.Name)}
-                todo += sorted(words & parts.keys())
-        return _sha("\n".join(used[name] for name in sorted(used)))
-
     def table_code(self, run_ids: Sequence[str]) -> str:
-        """SHA-256 of what makes its table: its code and its runs."""
-        code = self.code("compute") if self.computed else self.code("rows")
-        return _sha("\n".join([code, *sorted(run_ids)]))
+        """SHA-256 of what makes its table: its runs, and the code of its own file.
+
+        What the file imports does not count: runs may be gone when a helper is put in order.
+        """
+        code = _used(self.module, ["compute" if self.computed else "rows"])
+        return _sha("\n".join([_digest(code), *sorted(run_ids)]))
 
     def verdict_code(self) -> str:
-        """SHA-256 of what decides, and draws, from the table."""
-        return self.code("verdict", "figure")
+        """SHA-256 of what decides, and draws, from the table, shared helpers too.
+
+        A verdict is made again from its table in milliseconds.
+        """
+        return _digest(_used(self.module, ["verdict", "figure"], HELPERS))
 
     def verdict(self, table: pd.DataFrame) -> Verdict:
         """Decide from a table."""
         found: Verdict = self.module.verdict(table)
         return found
+
+
+def _used(
+    module: ModuleType, names: Iterable[str], follow: tuple[str, ...] = ()
+) -> dict[tuple[str, str], str]:
+    """Text of these functions and values of a file and of all that they use, by file and name.
+
+    Comments and layout do not count. Names from modules whose path begins with one of `follow` are
+    followed into them.
+    """
+    tree = _parsed(inspect.getsource(module))
+    parts = {name: node for node in tree.body for name in _defined(node)}
+    sources = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(follow)
+        for alias in node.names
+    }
+    used: dict[tuple[str, str], str] = {}
+    todo, outside = [name for name in names if name in parts], set()
+    while todo:
+        name = todo.pop()
+        if (module.__name__, name) not in used:
+            used[module.__name__, name] = ast.unparse(parts[name])
+            words = {n.id for n in ast.walk(parts[name]) if isinstance(n, ast.Name)}
+            todo += sorted(words & parts.keys())
+            outside |= {sources[word] for word in words & sources.keys()}
+    for path, name in sorted(outside - used.keys()):
+        used |= _used(importlib.import_module(str(path)), [name], follow)
+    return used
+
+
+@lru_cache
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def _digest(used: Mapping[tuple[str, str], str]) -> str:
+    return _sha("\n".join(used[key] for key in sorted(used)))
 
 
 def _defined(node: ast.stmt) -> list[str]:

@@ -118,6 +118,19 @@ def test_what_makes_a_table_is_told_apart_from_what_decides_on_it() -> None:
     assert (size[0] != first[0], size[1]) == (True, first[1])
 
 
+def test_a_shared_helper_counts_for_the_verdict_and_not_for_the_table() -> None:
+    claim, source = CLAIMS["C1"], inspect.getsource
+
+    def changed(module: ModuleType) -> str:
+        return source(module).replace("and found.high < self.high", "or found.high < self.high")
+
+    before = claim.table_code([]), claim.verdict_code()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", changed)
+        after = claim.table_code([]), claim.verdict_code()
+    assert (after[0], after[1] != before[1]) == (before[0], True)
+
+
 @pytest.mark.parametrize("outcome", OUTCOMES)
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
 def test_a_verdict_says_what_a_made_up_table_was_made_to_say(claim, outcome: str) -> None:
