@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_lab import weights
+from lora_lab import browsing, weights
 from lora_lab.display import console
 from lora_lab.policies import MARGIN
 from lora_lab.registry import WrongInput, did_you_mean
@@ -78,8 +78,7 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     one.add_argument("--verify", action="store_true", help="train LoRA with it: PASS or FAIL")
     add("measure", "take missing measures of finished runs, without training", measure)
     add("pack", "write finished runs' tables to results/ledger", pack_runs)
-    add("status", "how many runs are done, running, failed …", status)
-    add("runs", "the table of runs", runs)
+    browsing.enter(add)
     add("report", "write results/report.html", report)
     weights.enter(add)
     one = add("claims", "decide claims about LoRA: run what is missing, verdict, figure", claims)
@@ -127,13 +126,6 @@ def host_overrides(given: argparse.Namespace) -> list[str]:
             raise WrongInput("give --results DIR or host.results=DIR, not both.")
         words.append(f"host.results={given.results}")
     return words
-
-
-def results_of(given: argparse.Namespace) -> Path:
-    """The results folder of a command that takes no overrides."""
-    from lora_lab.config import Host, literal_path
-
-    return literal_path(Host().results if given.results is None else Host(given.results).results)
 
 
 # ---- commands that train ----------------------------------------------------------------------
@@ -254,7 +246,7 @@ def measure(given: argparse.Namespace) -> int:
     from lora_lab.measuring import measure_missing
     from lora_lab.replication import replicate_missing, seed_measures
 
-    store = Store(results_of(given))
+    store = Store(browsing.folder_of(given))
     done = measure_missing(store)
     names = sorted({name for taken in done.values() for name in taken})
     if done:
@@ -270,33 +262,14 @@ def measure(given: argparse.Namespace) -> int:
 
 def pack_runs(given: argparse.Namespace) -> int:
     """Write the ledger."""
-    for path in pack(Store(results_of(given))):
+    for path in pack(Store(browsing.folder_of(given))):
         print(f"{path} ({path.stat().st_size / 1e3:.1f} kB)")
-    return OK
-
-
-def status(given: argparse.Namespace) -> int:
-    """Count runs by status."""
-    from lora_lab.display import status_lines
-
-    store = Store(results_of(given))
-    for line in status_lines(store, load(store.root)):
-        print(line)
-    return OK
-
-
-def runs(given: argparse.Namespace) -> int:
-    """Show the table of runs."""
-    from lora_lab.display import runs_table
-
-    screen, found = console(), load(results_of(given)).runs
-    screen.print(runs_table(found, screen.width) if len(found) else "no runs yet")
     return OK
 
 
 def report(given: argparse.Namespace) -> int:
     """Write the report."""
-    _report(results_of(given))
+    _report(browsing.folder_of(given))
     return OK
 
 

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from lora_lab.config import Host, as_dict, choice, flat
 from lora_lab.policies import overall
-from lora_lab.store import Store, Tables, load
+from lora_lab.store import Store, load
 
 if TYPE_CHECKING:
     from lora_lab.hydra_bridge import Planned
@@ -109,7 +109,7 @@ def fits(table: Table, width: int) -> bool:
     return Measurement.get(wide, wide.options, table).maximum <= width
 
 
-def runs_table(runs: pd.DataFrame, width: int) -> Table:
+def runs_table(runs: pd.DataFrame, width: int, as_they_come: bool = False) -> Table:
     """The table of runs, whole columns only.
 
     Parameters
@@ -118,9 +118,11 @@ def runs_table(runs: pd.DataFrame, width: int) -> Table:
         As `Tables.runs`.
     width : int
         Characters in a line. Where they do not suffice, the less important columns are left out.
+    as_they_come : bool
+        In the order of `runs`; else by method, r, α and seed.
     """
     order = [c for c in ("adapter", "adapter.r", "adapter.alpha", "seed") if c in runs]
-    runs = runs.sort_values(order)
+    runs = runs if as_they_come else runs.sort_values(order)
     known = [c for c in SHOWN if c in runs and runs[c].notna().any()]
     own = [c for c in map(str, runs) if c in ("model", "data") or ("." in c and c not in SHOWN)]
     added = [c for c in own if runs[c].nunique() > 1]
@@ -143,22 +145,6 @@ def _table(runs: pd.DataFrame, columns: Sequence[str]) -> Table:
     for _, row in runs.iterrows():
         table.add_row(*(cell(column, row[column]) for column in columns))
     return table
-
-
-def status_lines(store: Store, tables: Tables) -> list[str]:
-    """Counts by status, and what is in work or went wrong, each in a line."""
-    counts = tables.runs["status"].value_counts()
-    lines = [", ".join(f"{n} {status}" for status, n in counts.items()) or "no runs yet"]
-    for _, row in tables.runs.iterrows():
-        if row["status"] == "running":
-            at = store.run(row["run_id"]).read_progress()
-            lines.append(
-                f"running {row['run_id']}: step {at.get('step', 0)} of {at.get('steps', '?')}"
-            )
-        elif row["status"] in ("failed", "diverged", "interrupted"):
-            error = "" if pd.isna(row["error"]) else row["error"]
-            lines.append(f"{row['status']} {row['run_id']}: {error}".rstrip(": "))
-    return lines
 
 
 LAYER_COLUMNS = (

@@ -19,14 +19,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_lab"
 
 FLOORS = {
-    1: "registry config schema stats layers targets tensorfile embedded orphans gradual linalg",
+    1: "registry config schema stats layers targets tensorfile embedded orphans gradual linalg"
+    " where",
     2: "measures nulls probes inits scalings models data figures trackers store checkpoints batches"
     " injection causal",
-    3: "adapters analysis measuring tasks comparison replication policies",
+    3: "adapters analysis measuring tasks comparison replication policies standing",
     4: "material preparation training evaluation execution hydra_bridge outside convert"
     " composition",
     5: "engine report",
-    6: "cli claims deciding suggesting weights display progress",
+    6: "cli claims deciding suggesting weights display progress browsing doctor",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
@@ -44,6 +45,7 @@ HOMES = {
     "plotly": ("lora_lab/report/",),
     "rich": (
         "lora_lab/weights.py",
+        "lora_lab/browsing.py",
         "lora_lab/deciding.py",
         "lora_lab/display.py",
         "lora_lab/progress.py",
@@ -64,7 +66,8 @@ HOMES = {
         *("lora_lab/models/", "lora_lab/inits/", "lora_lab/probes/", "lora_lab/adapters/"),
         *("lora_lab/training.py", "lora_lab/preparation.py", "lora_lab/material.py"),
         *("lora_lab/evaluation.py", "lora_lab/execution.py", "lora_lab/causal.py"),
-        *("lora_lab/engine.py", "lora_lab/composition/", "lora_lab/injection.py", "experiments/"),
+        *("lora_lab/engine.py", "lora_lab/composition/", "lora_lab/injection.py"),
+        *("lora_lab/doctor.py", "experiments/"),
     ),
 }
 

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.scale import LogTransform
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 from lora_lab.registry import Registry
@@ -317,7 +318,8 @@ def score_bands(ax: Axes, runs: pd.DataFrame, across: bool = False) -> list[tupl
 def plain_numbers(axis: Axis) -> None:
     """A logarithmic axis with plain numbers; of base 10 at 1, 2 and 5 where there is room."""
     low, high = sorted(axis.get_view_interval())
-    if axis.get_transform().base == 10:
+    scale = axis.get_transform()
+    if isinstance(scale, LogTransform) and scale.base == 10:
         within = high / low < 3000
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if within else (1,), numticks=12))
     axis.set_major_formatter("{x:g}")

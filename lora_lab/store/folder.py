@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -75,7 +76,7 @@ class Store:
                 "--results DIR chooses another."
             )
         files.make_folder(self.root)
-        for name in ("runs", "sweeps", "ledger", "cache"):
+        for name in ("runs", "sweeps", "ledger", "cache", "trash"):
             self._inside(self.root / name)
 
     def _inside(self, path: Path) -> Path:
@@ -144,6 +145,29 @@ class Store:
                 except Corrupt:
                     continue  # `verify` finds it, and the run is queued again
         return out
+
+    def trash(self, ids: Iterable[str]) -> Path:
+        """Move the folders of runs to ``trash``; nothing of them is deleted.
+
+        Returns
+        -------
+        Path
+            The folder ``trash``.
+
+        Raises
+        ------
+        Busy
+            When another process holds one of them; those before it are moved.
+        """
+        folder = self.root / "trash"
+        files.make_folder(folder)
+        for run_id in ids:
+            run = self.run(run_id)
+            with run.lock(), files.explained(run.path):
+                places = (folder / f"{run_id}-{n}" for n in itertools.count(1))
+                os.replace(run.path, next(p for p in places if not os.path.lexists(p)))
+                files.sync_folder(folder)
+        return folder
 
     # ---- sweeps ----------------------------------------------------------------------------
 
