@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_lab.claims import Entry, claims, escaped
+from lora_lab.claims import OUTCOMES, Entry, claims, escaped
 from lora_lab.report.summary import sentences
 from lora_lab.store import load
 
@@ -44,6 +44,9 @@ def ledger() -> str:
         for e in decided
         if e.claim.id in SURPRISES
     ]
+    outcomes = [(entry.stored or {})["outcome"] for entry in decided]
+    counts = [f"{outcomes.count(name)} {name}" for name in OUTCOMES if name in outcomes]
+    lines.append(f"{len(decided)} claims: {', '.join(counts)}.\n")
     lines += ["| claim | verdict | what was found |", "|---|---|---|"]
     for entry in decided:
         stored, about = entry.stored or {}, escaped(entry.claim.sections["Claim"])
