@@ -48,7 +48,7 @@ def run(words: list[str], folder: Path) -> str:
 
 
 def test_the_commands_of_the_readme_run_in_order(tmp_path: Path) -> None:
-    for words in commands("commands"):
+    for words in [*commands("commands"), *commands("browsing")]:
         run(words, tmp_path)
     assert (tmp_path / "results" / "report.html").stat().st_size > 10_000
     assert (tmp_path / "results" / "ledger" / "runs.parquet").exists()
