@@ -21,7 +21,7 @@ DIGITS = "model=digits_vit data=digits train.epochs=10 train.evaluations=1 train
 PLANTED = "model=planted data=planted train.evaluations=1 train.spectra=0"
 
 RATES = {
-    MINILM: {"head": "1e-2,3e-2", "full": "3e-5,1e-4,3e-4,1e-3", "lora": "1e-3,3e-3,1e-2"},
+    MINILM: {"head": "1e-2,3e-2", "full": "3e-5,1e-4,3e-4,1e-3", "lora": "3e-4,1e-3,3e-3,1e-2"},
     DIGITS: {"head": "1e-2,3e-2", "full": "5e-4,2e-3,5e-3,1e-2", "lora": "1e-3,3e-3,1e-2,3e-2"},
 }
 """Learning rates of each method on a ground; the best ones lie inside (`best` says where not)."""
