@@ -26,8 +26,8 @@ ORACLE = "oracle"
 DEFAULT = ORACLE
 """What is recommended: a test holds it against the counts of claim C4."""
 
-WITHOUT_DATA = ("noise_edge", "stable_rank")
-"""What is recommended where only the weights are there, in this order."""
+WITHOUT_DATA = "energy"
+"""What is recommended where only the weights are there: likewise."""
 
 MARGIN = 0.02
 """Score that a truncation or LoRA may lose against full fine-tuning and still be enough."""

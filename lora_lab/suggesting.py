@@ -95,12 +95,13 @@ def from_pair(base: str, tuned: str, tell: Tell) -> Advice:
     measures = found.measures[changed & found.measures["value"].notna()]
     ranks = {name: policy_ranks(measures, name) for name in POLICIES}
     ranks = {name: series for name, series in ranks.items() if len(series)}
-    chosen = next((name for name in WITHOUT_DATA if name in ranks), None)
-    if chosen is None:
+    if WITHOUT_DATA not in ranks:
         raise WrongInput(f"no linear layer of {tuned!r} differs from {base!r}: nothing to suggest.")
     sides = found.layers.set_index("layer")[["m", "n"]].astype(int)
     shapes = {str(name): (int(m), int(n)) for name, (m, n) in sides.T.items()}
-    return Advice(ranks, chosen, {}, {name: shapes[name] for name in ranks[chosen].index})
+    return Advice(
+        ranks, WITHOUT_DATA, {}, {name: shapes[name] for name in ranks[WITHOUT_DATA].index}
+    )
 
 
 def from_runs(store: Store, run_ids: Sequence[str], host: Host, margin: float = MARGIN) -> Advice:
