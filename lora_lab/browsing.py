@@ -16,7 +16,7 @@ from lora_lab import schema
 from lora_lab.config import Host, flat, literal_path
 from lora_lab.display import amount, console, counted, duration, folder_size
 from lora_lab.registry import WrongInput
-from lora_lab.store import Busy, Store, Tables
+from lora_lab.store import Busy, Store, Tables, load
 
 if TYPE_CHECKING:
     from lora_lab.weights import Add
@@ -80,7 +80,7 @@ def look(store: Store, sweep: str) -> tuple[list[str], bool]:
     """Lines on where the folder stands, and whether anything runs."""
     from lora_lab.standing import ORDER, seconds_left, standing
 
-    table = standing(store, Tables(store), sweep)
+    table = standing(Tables(store), sweep)
     counts = table["status"].value_counts()
     first = ", ".join(f"{counts[name]} {name}" for name in reversed(ORDER) if name in counts)
     left = seconds_left(table)
@@ -110,7 +110,7 @@ def runs(given: argparse.Namespace) -> int:
     from lora_lab.registry import unknown
     from lora_lab.where import where
 
-    found = Tables(Store(folder_of(given))).runs
+    found = load(folder_of(given)).runs
     if given.where is not None:
         found = where(found, given.where)
     if given.sort is not None:
@@ -137,23 +137,15 @@ def runs(given: argparse.Namespace) -> int:
 
 def diff(given: argparse.Namespace) -> int:
     """Fields of two runs that differ."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    from lora_lab.display import difference_table
 
     store = Store(folder_of(given))
     tables = Tables(store, given.ids)
     for run_id in given.ids:
         if store.run(run_id).run_id not in tables.records:
             raise WrongInput(f"no run {run_id} in {store.root}; `lora-lab runs` lists them.")
-    shown = Table(box=box.SIMPLE_HEAD)
-    for heading in ("field", *given.ids):
-        shown.add_column(heading)
     rows = list(differences(tables, *given.ids))
-    for row in rows:
-        shown.add_row(*map(Text, row))
-    screen = console()
-    screen.print(shown if rows else "the two runs do not differ")
+    console().print(difference_table(given.ids, rows) if rows else "the two runs do not differ")
     return OK
 
 
@@ -186,7 +178,10 @@ def remove(given: argparse.Namespace) -> int:
     for run_id in ids:
         run = store.run(run_id)
         if not run.path.is_dir():
-            raise WrongInput(f"no run {run_id} in {store.root}; `lora-lab runs` lists them.")
+            raise WrongInput(
+                f"no folder of a run {run_id} in {store.root / 'runs'}; what is only in the packed "
+                "ledger stays there."
+            )
         if run.status() == "running":
             raise WrongInput(f"run {run_id} is running; stop it first.")
     needed = dependents(store, ids)

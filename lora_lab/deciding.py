@@ -136,8 +136,7 @@ def run(chosen: Sequence[Job], host: Host) -> dict[str, str]:
         return {}
     weighed = {i for job in chosen if job.claim.weighs for i in job.run_ids}
     with Display(console()) as display:
-        status = sweep("claims", list(every.values()), host, display, weighed).status
-    return {i: status[i] for i in every}
+        return sweep("claims", list(every.values()), host, display, weighed).status
 
 
 def listed(chosen: Sequence[Job], size: str, host: Host) -> Table:

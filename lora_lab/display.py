@@ -264,6 +264,16 @@ def _widest(
     return shown
 
 
+def difference_table(ids: Sequence[str], rows: Sequence[tuple[str, str, str]]) -> Table:
+    """(field, value, value) of two runs."""
+    shown = Table(box=box.SIMPLE_HEAD)
+    for heading in ("field", *ids):
+        shown.add_column(heading)
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    return shown
+
+
 def policy_table(advice: Advice) -> Table:
     """What each policy says: one r for all layers, and the range over them."""
     shown = Table(box=box.SIMPLE_HEAD)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_lab.config import Tracker
 from lora_lab.embedded import INSTALL
 
 LEAST_FREE = 2.0
@@ -51,12 +54,11 @@ def _packages() -> Finding:
     own = f"lora-lab {metadata.version('lora-lab')}, Python {platform.python_version()}"
     missing = []
     for line in metadata.requires("lora-lab") or []:
-        name, _, marker = line.partition(";")
-        name = name.strip().partition(">")[0].partition("=")[0].partition("<")[0]
+        name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
         try:
-            metadata.version(name.strip())
+            metadata.version(name)
         except metadata.PackageNotFoundError:
-            if "extra" not in marker:
+            if "extra ==" not in line:
                 missing.append(name)
     if missing:
         return Finding(False, f"{own}; missing: {', '.join(missing)}", "make install")
@@ -105,9 +107,14 @@ def _embedded() -> Finding:
 
 
 def _wandb() -> Finding:
-    from lora_lab.trackers.wandb import ready
+    from lora_lab.trackers import resolved
 
-    return Finding(True, *ready())
+    importlib.import_module("lora_lab.trackers.wandb")  # whether the client can be used
+    auto = resolved(Tracker.auto)
+    fix = "" if auto is Tracker.online else "set WANDB_API_KEY, or host.tracker=offline, to use it"
+    return Finding(
+        True, f"wandb {metadata.version('wandb')}, host.tracker=auto is {auto.name}", fix
+    )
 
 
 def _disk(results: Path) -> Finding:

@@ -14,14 +14,13 @@ ORDER = ("running", "waiting", "failed", "diverged", "interrupted", "done")
 """Statuses as they are listed: `waiting` is a run that a sweep names and nobody has begun."""
 
 
-def standing(store: Store, tables: Tables, sweep: str = "") -> pd.DataFrame:
+def standing(tables: Tables, sweep: str = "") -> pd.DataFrame:
     """One row for each run of the folder, or of a sweep.
 
     Parameters
     ----------
-    store : Store
     tables : Tables
-        Of the same folder.
+        Of all runs of the folder.
     sweep : str
         A name in results/sweeps; '' for all runs.
 
@@ -32,7 +31,7 @@ def standing(store: Store, tables: Tables, sweep: str = "") -> pd.DataFrame:
         running ones), seconds (of finished ones), left (seconds until a running one ends) and
         error; in the order of `ORDER`, then by id. Numbers that are not known are NaN.
     """
-    runs = tables.runs
+    store, runs = tables.store, tables.runs
     begun = set(runs["run_id"])
     ahead: dict[str, list[str]] = {}
     for name, ids in store.sweeps().items():

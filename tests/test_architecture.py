@@ -45,7 +45,6 @@ HOMES = {
     "plotly": ("lora_lab/report/",),
     "rich": (
         "lora_lab/weights.py",
-        "lora_lab/browsing.py",
         "lora_lab/deciding.py",
         "lora_lab/display.py",
         "lora_lab/progress.py",

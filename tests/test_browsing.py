@@ -64,7 +64,7 @@ def test_status_tells_what_waits_runs_and_failed(store: Store, capsys) -> None:
         running_line = rf"running {running.run_id}: step 5 of 20, loss 0\.5, about 3\d s left"
         assert re.fullmatch(running_line, lines[1])
         assert lines[2] == f"failed {ids(store)[3]}: RuntimeError: out of memory"
-        table = standing(store, Tables(store))
+        table = standing(Tables(store))
         each = table.loc[table["status"] == "done", "seconds"].mean()
         assert seconds_left(table) == pytest.approx(30 + each, rel=0.3)
     assert called(store, capsys, "status", "--watch")[0] == 0, "nothing runs: no second look"

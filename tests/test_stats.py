@@ -44,7 +44,7 @@ def covers(found: tuple[float, float, float] | object, truth: float) -> bool:
 
 
 # 3 and 5 seeds, 8 problems, the 12 tasks of claim C4.
-@pytest.mark.parametrize("n", [3, 5, 8, 12])
+@pytest.mark.parametrize("n", [3, 5, 8, 10, 12])
 def test_t_intervals_over_seeds_cover(n: int) -> None:
     found = share(lambda rng: covers(t_interval(rng.normal(0.8, 0.02, n)), 0.8))
     assert 0.93 <= found <= 0.97
@@ -78,10 +78,18 @@ def test_bootstrap_intervals_over_36_layers_cover() -> None:
     assert 0.93 <= share(trial, 600) <= 0.97
 
 
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.95])
+def test_intervals_of_a_rate_cover(p: float) -> None:
+    # Exactly, over all outcomes of 40 trials, not by simulation; a rate jumps from count to count.
+    hits = np.arange(41)
+    chance = reference.binom.pmf(hits, 40, p)
+    inside = [covers(rate_interval(int(h), 40), p) for h in hits]
+    assert 0.92 <= float(chance[inside].sum()) <= 0.98
+
+
 @pytest.mark.parametrize("trials", [12, 40])  # the tasks of claim C4, the problems of a benchmark
-def test_intervals_of_a_rate_cover(trials: int) -> None:
-    # Exactly, over all outcomes, not by simulation. A rate jumps from count to count, so that no
-    # interval covers every rate equally often: all between them, and none much less.
+def test_intervals_of_a_rate_cover_all_rates_between_them(trials: int) -> None:
+    # No interval of a count covers every rate equally often.
     hits = np.arange(trials + 1)
     found = [rate_interval(int(h), trials) for h in hits]
     rates = np.linspace(0.05, 0.95, 91)

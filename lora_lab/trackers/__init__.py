@@ -21,14 +21,22 @@ class Mirror:
         """The run's metrics, once, at its end."""
 
 
+def resolved(mode: Tracker) -> Tracker:
+    """What `auto` stands for: W&B online when an API key is set in the environment, else none.
+
+    The ledger has everything anyway.
+    """
+    if mode is not Tracker.auto:
+        return mode
+    return Tracker.online if os.environ.get("WANDB_API_KEY") else Tracker.disabled
+
+
 def open_mirror(mode: Tracker, config: RunConfig, run_id: str, sweep: str, results: Path) -> Mirror:
     """The mirror of a run: W&B, or none.
 
-    `auto` is W&B online when an API key is set in the environment, else none: the ledger has
-    everything anyway. Whatever goes wrong with a tracker, the run goes on without it.
+    Whatever goes wrong with a tracker, the run goes on without it.
     """
-    if mode is Tracker.auto:
-        mode = Tracker.online if os.environ.get("WANDB_API_KEY") else Tracker.disabled
+    mode = resolved(mode)
     if mode is Tracker.disabled:
         return Mirror()
     try:

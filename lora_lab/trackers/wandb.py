@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -88,12 +87,3 @@ class WandbMirror(Mirror):
         closing.join(PATIENCE)
         if closing.is_alive():
             print(f"wandb: no end within {PATIENCE} s; left to `wandb sync`", file=sys.stderr)
-
-
-def ready() -> tuple[str, str]:
-    """What `lora-lab doctor` says of the client, and what to do to send runs."""
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode == "online" and not wandb.login(prompt=False):
-        what = f"wandb {wandb.__version__}, nobody is logged in: record with host.tracker=offline"
-        return what, "wandb login, to send runs"
-    return f"wandb {wandb.__version__}, {'logged in' if mode == 'online' else mode}", ""
