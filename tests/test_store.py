@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pandas.testing as pdt
+import pyarrow as pa
 import pytest
 
 from lora_lab import config as configs
@@ -36,6 +38,7 @@ from lora_lab.store import (
     pack,
     write_bytes,
 )
+from lora_lab.store.files import KEPT_BITS, rounded
 
 ONE, TWO, THREE = "0123456789ab", "fedcba987654", "aaaaaaaaaaaa"
 LAYERS = ["encoder.layer.0.attention.self.query", "encoder.layer.11.output.dense", "pooler.dense"]
@@ -112,6 +115,14 @@ def tables(root: Path) -> dict[str, pd.DataFrame]:
 def assert_equal(ours: dict[str, pd.DataFrame], theirs: dict[str, pd.DataFrame]) -> None:
     for name in NAMES:
         pdt.assert_frame_equal(ours[name], theirs[name], check_exact=True)
+
+
+def assert_packed(ours: dict[str, pd.DataFrame], whole: dict[str, pd.DataFrame]) -> None:
+    """Measured numbers to `KEPT_BITS`, all else as it was."""
+    for name in NAMES:
+        exact = name == "runs"
+        limit = None if exact else 2.0**-KEPT_BITS
+        pdt.assert_frame_equal(ours[name], whole[name], check_exact=exact, rtol=limit, atol=0.0)
 
 
 # ---- whole or absent -------------------------------------------------------------------------
@@ -742,7 +753,7 @@ def test_packed_runs_give_the_same_tables_and_count_as_done(store: Store) -> Non
     assert_equal(tables(store.root), before)
     shutil.rmtree(store.root / "runs")
     shutil.rmtree(store.root / "sweeps")
-    assert_equal(tables(store.root), before)
+    assert_packed(tables(store.root), before)
     assert store.finished() == {ONE, TWO, THREE} == store.packed_ids()
     assert store.run_ids() == []
 
@@ -757,6 +768,20 @@ def test_packing_again_changes_no_byte_and_writes_nothing(store: Store) -> None:
     assert {
         p: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino) for p in pack(store)
     } == first
+
+
+def test_packed_numbers_keep_five_digits_and_counts_and_missing_ones_stay() -> None:
+    exact = [0.0, -0.0, math.nan, math.inf, 1.0, -3.0, 65537.0, 131071.0, 0.5, 2.0**-1074]
+    kept = rounded(pa.table({"run_id": ["a"] * len(exact), "null": exact}))
+    np.testing.assert_array_equal(kept["null"].to_numpy(), exact)
+    assert np.signbit(kept["null"].to_numpy()[1])
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(1000) * 10.0 ** rng.integers(-200, 200, 1000)
+    once = rounded(pa.table({"sigma": values}))
+    kept = once["sigma"].to_numpy()
+    assert (kept != values).mean() > 0.9
+    np.testing.assert_allclose(kept, values, rtol=2.0**-KEPT_BITS, atol=0)
+    assert rounded(once).equals(once)
 
 
 def test_packing_adds_to_what_was_packed_before_whatever_the_order(tmp_path: Path) -> None:
@@ -789,7 +814,7 @@ def test_a_run_on_disk_wins_over_its_packed_self_only_when_it_is_finished(store:
     }
     pack(store)
     shutil.rmtree(store.root / "runs")
-    assert_equal(tables(store.root), found)
+    assert_packed(tables(store.root), found)
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "traces.parquet", "measures.parquet"])

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from lora_lab import schema
 from lora_lab.config import flat
 from lora_lab.layers import depth_of, module_of
-from lora_lab.store.files import PANDAS, Corrupt, StoreError
+from lora_lab.store.files import PANDAS, Corrupt, StoreError, rounded
 from lora_lab.store.folder import LEDGER, SCORES, Store
 from lora_lab.store.rundir import Record
 
@@ -227,8 +227,8 @@ class Tables:
 def pack(store: Store) -> list[Path]:
     """Write the tables of all finished runs, those packed before too, to `results/ledger`.
 
-    The files are small enough to commit (no weights) and stand for the runs in tables and as
-    done. Packing again changes no byte.
+    The files are small enough to commit (no weights, measured numbers to five digits) and stand
+    for the runs in tables and as done. Packing again changes no byte.
 
     Returns
     -------
@@ -242,7 +242,7 @@ def pack(store: Store) -> list[Path]:
     """
     tables = Tables(store)
     with warnings.catch_warnings(action="ignore"):
-        packed = {name: tables.arrow(name) for name in COLUMNS}
+        packed = {name: rounded(tables.arrow(name)) for name in COLUMNS}
         rows = [
             _ledger_row(record, tables.sweeps[record.run_id])
             for record in tables.records.values()
