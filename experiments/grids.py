@@ -10,7 +10,17 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-SEEDS = "seed=0,1,2,3,4"
+
+def seeds(count: int) -> str:
+    """The seeds 0 to `count` - 1 as an override.
+
+    >>> seeds(3)
+    'seed=0,1,2'
+    """
+    return f"seed={','.join(map(str, range(count)))}"
+
+
+SEEDS = seeds(5)
 RANKS = "1,2,4,8,16,32,64"
 
 # The head reads the first token, not the mean: an untouched base then leaves 12 points to gain.

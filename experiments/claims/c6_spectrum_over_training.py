@@ -42,7 +42,7 @@ SWEEP = {
     ],
     "paper": [
         f"{_DIGITS} adapter=full train.lr=2e-3 {SEEDS}",
-        *(f"{line} adapter=full train.lr=2e-3" for line in FAR),
+        *(f"{line} adapter=full train.lr=2e-3" for line in FAR[:5]),
         f"{_PLANTED} data.width=64 data.true_r=16 data.decay=0.8 data.noise=0.5 "
         f"data.seed=${{seed}} train.epochs=1,3,9,27 adapter=full train.lr=3e-3 {SEEDS}",
     ],

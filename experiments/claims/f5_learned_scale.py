@@ -35,8 +35,7 @@ from lora_lab.figures import canvas, finish
 from lora_lab.layers import module_of
 
 WEIGHTS = True
-SEEDS = f"seed={','.join(map(str, range(12)))}"
-FIXED = grids.lora(grids.DIGITS, "2,8,64").replace(grids.SEEDS, SEEDS)
+FIXED = grids.lora(grids.DIGITS, "2,8,64").replace(grids.SEEDS, grids.seeds(12))
 SWEEP = {
     "smoke": [grids.SMOKE[1], f"{grids.SMOKE[1]} adapter.scaling=learned"],
     "paper": [FIXED, f"{FIXED} adapter.scaling=learned"],
