@@ -40,6 +40,8 @@ class Part:
         Of the interval; 0.9 where it is one side of an equivalence test.
     unit : float
         Size of a difference that matters.
+    main : bool
+        Whether the verdict's sentence names it; the first one does if none is.
     """
 
     words: str
@@ -48,6 +50,7 @@ class Part:
     near: float = 0.0
     level: float = 0.95
     unit: float = 0.1
+    main: bool = False
 
     def outcome(self, found: Interval) -> str:
         """Of one ground."""
@@ -76,34 +79,40 @@ def values_of(table: pd.DataFrame, model: object, name: str) -> list[float]:
 
 def judged(table: pd.DataFrame, parts: Mapping[str, Part], more: str = "") -> Verdict:
     """All parts on all grounds on which the table has them; `more` ends the sentence."""
-    outcomes, clauses, todo = [], [], []
+    main = {name for name, part in parts.items() if part.main} or set(list(parts)[:1])
+    outcomes, counts, clauses, every, todo = [], [], [], [], []
     first = Interval(math.nan, math.nan, math.nan)
     for model in (name for name in GROUNDS if name in set(table["model"])):
-        said = []
+        here, said = [], []
         for name, part in parts.items():
             values = values_of(table, model, name)
             if not values:
                 continue
             found = spread(values, part.level)
-            outcomes.append(part.outcome(found))
+            here.append(part.outcome(found))
             first = first if math.isfinite(first.value) else found
             number = f"{found.value:.2g} [{found.low:.2g}, {found.high:.2g}]"
-            said.append(f"{part.words.format(number)} ({outcomes[-1]})")
-            if outcomes[-1] == "unresolved":
+            clause = f"{part.words.format(number)} ({here[-1]})"
+            every.append(f"{GROUNDS[model]}: {clause}")
+            said += [clause] * (name in main)
+            if here[-1] == "unresolved":
                 todo.append(f"{seeds_to_tell(values, *part.edges())} for '{name}'")
+        counts += [f"{here.count('supported')} of {len(here)} {GROUNDS[model]}"] * bool(here)
         clauses += [f"{GROUNDS[model]} {', '.join(said)}"] * bool(said)
+        outcomes += here
     outcome = together(outcomes) if outcomes else "unresolved"
-    count = f"{outcomes.count('supported')} of {len(outcomes)} parts hold"
     told = "; ".join([*clauses, *([more] if more else [])])
-    said = [f"{count}: {told}." if told else f"{count}."]
+    sentence = f"Parts that hold: {', '.join(counts) or 'none'}{f'; {told}' * bool(told)}."
     if outcome == "unresolved":
-        left = f"Of the {len(todo)} undecided, {todo[0]}." if todo else "No run tells."
-        said.append(left)
+        left = f" Of the {len(todo)} undecided, {todo[0]}." if todo else " No run tells."
+        sentence += left
     n = max(
         (len(values_of(table, m, p)) for m in table["model"].unique() for p in parts), default=0
     )
     interval = (first.low, first.high)
-    return Verdict(outcome, " ".join(said), first.value, interval, n_seeds=n, effect=first.value)
+    return Verdict(
+        outcome, sentence, first.value, interval, n_seeds=n, effect=first.value, parts=tuple(every)
+    )
 
 
 def invented(

@@ -74,6 +74,8 @@ class Verdict:
         Independent repetitions behind it.
     effect : float
         Size of what was found, in the unit that `said` names.
+    parts : tuple of str
+        Of a claim of many parts what was found of each, where `said` names the main ones alone.
     """
 
     outcome: str
@@ -83,6 +85,7 @@ class Verdict:
     p: float = math.nan
     n_seeds: int = 0
     effect: float = math.nan
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.outcome in OUTCOMES, self.outcome
@@ -392,7 +395,7 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def index(entries: Iterable[Entry]) -> str:
+def index(entries: Sequence[Entry]) -> str:
     """results/claims/README.md: every claim with its verdict, sentence, interval and figure."""
     lines = [
         "# Claims ledger",
@@ -419,4 +422,9 @@ def index(entries: Iterable[Entry]) -> str:
             f"| {stated} | {outcome} | {escaped(stored['said'])} | {effect} | {stored['n_seeds']} "
             f"| [figure]({picture}) · [table]({data}) | `{stored['command']}` |"
         )
-    return "\n".join(lines) + "\n"
+    lines += ["", "## Part by part", ""]
+    for entry in entries:
+        if entry.stored and entry.stored["parts"]:
+            lines += [f"**{entry.claim.id}**", ""]
+            lines += [*(f"- {part}" for part in entry.stored["parts"]), ""]
+    return "\n".join(lines)

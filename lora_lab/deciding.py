@@ -124,7 +124,7 @@ def decide(ids: Sequence[str], size: str, words: Sequence[str], only_list: bool 
         screen.print(f"{job.claim.id} {said}", markup=False)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"
-    path.write_text(index(Entry(claim, folder) for claim in claims()))
+    path.write_text(index([Entry(claim, folder) for claim in claims()]))
     screen.print(f"ledger: {path}", markup=False)
     return code
 

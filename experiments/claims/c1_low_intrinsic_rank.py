@@ -49,13 +49,19 @@ SWEEP = {
 WEIGHTS = True
 FEW, MARGIN = 0.1, 0.02
 PARTS = {
-    "energy": Part("90 % of the energy takes {} of all directions", high=FEW, unit=0.02),
+    "energy": Part("90 % of the energy takes {} of all directions", high=FEW, unit=0.02, main=True),
     "decay": Part("the effective rank is {} of a Gaussian matrix's", high=0.5, unit=0.1),
     "trained_head": Part(
-        "cut to a tenth, the update loses {} of the score", high=MARGIN, level=0.9, unit=0.01
+        "cut to a tenth of the directions the update loses {} of the score",
+        high=MARGIN,
+        level=0.9,
+        unit=0.01,
+        main=True,
     ),
-    "refitted_head": Part("and {} with its head refitted", high=MARGIN, level=0.9, unit=0.01),
-    "replicated": Part("seeds share {} of all directions", low=0.0, high=FEW, unit=0.02),
+    "refitted_head": Part(
+        "cut to a tenth, with the head refitted, it loses {}", high=MARGIN, level=0.9, unit=0.01
+    ),
+    "replicated": Part("seeds share {} of all directions", low=0.0, high=FEW, unit=0.02, main=True),
 }
 
 

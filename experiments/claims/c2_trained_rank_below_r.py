@@ -36,9 +36,12 @@ _PLANTED = (
 SWEEP = {"smoke": SMOKE[1:], "paper": [lora(MINILM), lora(DIGITS), _PLANTED]}
 WELL = 0.5
 PARTS = {
-    f"r = {r}": Part(f"the effective rank at r = {r} is {{}} of r", high=WELL, unit=0.05) for r in R
+    f"r = {r}": Part(f"the effective rank at r = {r} is {{}} of r", high=WELL, unit=0.05, main=True)
+    for r in R
 } | {
-    f"null, r = {r}": Part(f"at r = {r} {{}} of a random product's", high=WELL, unit=0.05)
+    f"null, r = {r}": Part(
+        f"the effective rank at r = {r} is {{}} of a random product's", high=WELL, unit=0.05
+    )
     for r in R
 }
 

@@ -49,10 +49,22 @@ PARTS = {
     name: part
     for r in R
     for name, part in {
-        f"excess, r = {r}": Part(f"the excess at r = {r} is {{}}", high=0.5),
-        f"overlap, r = {r}": Part("the overlap {}", low=0.5),
+        f"excess, r = {r}": Part(
+            f"LoRA's excess over the SVD of full's update at r = {r} is {{}} (0: that SVD, 1: no "
+            "update)",
+            high=0.5,
+            main=r == R[-1],
+        ),
+        f"overlap, r = {r}": Part(
+            f"its directions at r = {r} overlap with that SVD's by {{}}", low=0.5, main=r == R[-1]
+        ),
         f"score, r = {r}": Part(
-            "LoRA scores {} above the oracle", low=-0.02, high=0.02, level=0.9, unit=0.01
+            f"it scores {{}} above that SVD at r = {r}",
+            low=-0.02,
+            high=0.02,
+            level=0.9,
+            unit=0.01,
+            main=r == R[-1],
         ),
     }.items()
 }

@@ -164,27 +164,32 @@ def verdict(table: pd.DataFrame) -> Verdict:
     miss, gap = far[ENERGY].dropna(), (far[ENERGY] - far[TRY]).dropna()
     off, beats = spread(miss), spread(gap)
     parts = [against(off, 1.0, more=False), against(beats, 0.0, more=False)]
-    rates = []
+    rates, told = {}, []
     for policy, own in found[found["right"].notna()].groupby("policy", sort=False):
         hits = own["right"].astype(bool)
         rate = rate_interval(int(hits.sum()), len(hits))
         real = hits[~own["known"].astype(bool)]
-        rates.append(
-            f"{policy} {hits.sum()}/{len(hits)} [{rate.low:.2f}, {rate.high:.2f}], "
-            f"{real.sum()}/{len(real)} of the real ones"
+        rates[f"{policy} {hits.sum()}/{len(hits)}"] = rate.value
+        told.append(
+            f"{policy}: right in {hits.sum()} of {len(hits)} tasks [{rate.low:.2f}, "
+            f"{rate.high:.2f}], in {real.sum()} of {len(real)} real ones"
         )
+    order = sorted(rates, key=lambda words: -rates[words])
     trainings = table.drop_duplicates("task")["trainings"].mean()
     said = (
         f"95 % of the energy misses the needed r by {off.value:.1f} [{off.low:.1f}, "
         f"{off.high:.1f}] doublings ({parts[0]}), {beats.value:+.1f} [{beats.low:.1f}, "
         f"{beats.high:.1f}] against trying 4, 8, 16, 32 ({parts[1]}), which takes "
-        f"{trainings:.1f} trainings of LoRA. Right are: {'; '.join(rates)}."
+        f"{trainings:.1f} trainings of LoRA. Right are {', '.join(order)} tasks."
     )
     outcome = together(parts)
     if outcome == "unresolved":
         said += f" Of tasks instead of seeds, {seeds_to_tell(miss, 1.0)}."
     n = int(table["seeds"].min()) if len(table) else 0
-    return Verdict(outcome, said, off.value, (off.low, off.high), n_seeds=n, effect=off.value)
+    interval = (off.low, off.high)
+    return Verdict(
+        outcome, said, off.value, interval, n_seeds=n, effect=off.value, parts=tuple(told)
+    )
 
 
 def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:

@@ -40,10 +40,17 @@ WEIGHTS = True
 CUTS, COMPARED, MARGIN = (0, 1, 2, 4), (1, 2, 4), 0.02
 PARTS = {
     "energy": Part(
-        "90 % of the energy takes {} more of the directions in the MLP", low=0.0, unit=0.02
+        "90 % of the energy takes {} more of the directions in the MLP",
+        low=0.0,
+        unit=0.02,
+        main=True,
     ),
     "function": Part(
-        "cutting attention costs {} less than cutting the MLP", low=0.0, near=0.005, unit=0.01
+        "cutting attention costs {} less than cutting the MLP",
+        low=0.0,
+        near=0.005,
+        unit=0.01,
+        main=True,
     ),
     "types": Part("the highest layer type takes {} times the lowest", low=1.1, unit=0.1),
 }

@@ -44,11 +44,13 @@ SWEEP = {"smoke": SMOKE[1:], "paper": [lora(MINILM), lora(DIGITS)]}
 WEIGHTS = True
 K, BASE_K = 4, 8
 PARTS = {
-    "contained": Part("the small r's directions lie in the large r's to {}", low=0.5),
-    "shared": Part("seeds overlap by {} above random", low=0.0, unit=0.05),
-    "few": Part("they share {} of r", low=0.0, high=0.5, unit=0.05),
+    "contained": Part("the small r's directions lie in the large r's to {}", low=0.5, main=True),
+    "shared": Part("seeds overlap by {} above random", low=0.0, unit=0.05, main=True),
+    "few": Part("seeds share {} of r directions", low=0.0, high=0.5, unit=0.05),
     "not emphasised": Part("W0 in ΔW's directions is {} of its own largest", high=0.5),
-    "amplified": Part("{} of that in random ones", low=1.0, unit=0.2),
+    "amplified": Part(
+        "W0 in ΔW's directions is {} of that in random ones", low=1.0, unit=0.2, main=True
+    ),
     "reuse": Part("ΔW's share in W0's leading directions is {} above random", low=0.0, unit=0.02),
 }
 

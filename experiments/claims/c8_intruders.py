@@ -39,12 +39,18 @@ SWEEP = {
 }
 PARTS = {
     f"r = {r}": Part(
-        f"LoRA at r = {r} has {{}} intruders of {TOP} more than full", low=0.0, near=0.05, unit=0.2
+        f"LoRA at r = {r} has {{}} intruders of {TOP} more than full",
+        low=0.0,
+        near=0.05,
+        unit=0.2,
+        main=True,
     )
     for r in LOW
 } | {
-    "noise": Part("at r = 1 {} more than noise of that norm", low=0.0, near=0.05, unit=0.2),
-    "full": Part("full has {}", high=0.5, unit=0.1),
+    "noise": Part(
+        "LoRA at r = 1 has {} more than noise of that norm", low=0.0, near=0.05, unit=0.2
+    ),
+    "full": Part("full has {} intruders", high=0.5, unit=0.1),
 }
 SHADES = {"full": "#d55e00", "r = 1": "#0072b2", "r = 8": "#009e73", "r = 64": "#cc79a7"}
 

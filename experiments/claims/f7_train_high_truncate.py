@@ -43,7 +43,13 @@ SWEEP = {
 }
 WEIGHTS = True
 PARTS = {
-    f"r = {r}": Part(f"truncated − trained at r = {r} is {{}}", low=0.0, near=0.01, unit=0.01)
+    f"r = {r}": Part(
+        f"r = 64 truncated to r = {r} scores {{}} more than r = {r} trained",
+        low=0.0,
+        near=0.01,
+        unit=0.01,
+        main=True,
+    )
     for r in LOW
 }
 

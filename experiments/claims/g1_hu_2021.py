@@ -52,12 +52,14 @@ SWEEP = {
 WEIGHTS = True
 NEAR, K = (4, 8), 4
 PARTS = {
-    f"r = {r}": Part(f"r = {r} scores {{}} above r = 64", low=-0.01, level=0.9, unit=0.005)
+    f"r = {r}": Part(
+        f"r = {r} scores {{}} above r = 64", low=-0.01, level=0.9, unit=0.005, main=True
+    )
     for r in NEAR
 } | {
     "qv": Part("q and v at r = 4 score {} above q at r = 8", low=0.0, unit=0.01),
-    "top": Part("the top direction overlaps by {}", low=0.5),
-    "rest": Part("by {} more than the others", low=0.2),
+    "top": Part("the top directions of two r overlap by {}", low=0.5, main=True),
+    "rest": Part("they overlap by {} more than the other directions", low=0.2),
     "seeds": Part("seeds overlap by {} above random", low=0.0, unit=0.05),
     "amplification": Part("ln of low r's amplification over high r's is {}", low=0.0),
     "W0": Part("W0 in ΔW's directions is {} of that in random ones", low=1.0, unit=0.2),

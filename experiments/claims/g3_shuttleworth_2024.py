@@ -36,14 +36,20 @@ TOP = 10
 SWEEP = {"smoke": SMOKE, "paper": [line for g in (MINILM, DIGITS) for line in grid(g)[1:]]}
 PARTS = {
     f"r = {r}": Part(
-        f"LoRA − full at r = {r} is {{}} intruders of {TOP}", low=0.0, near=0.05, unit=0.2
+        f"LoRA at r = {r} has {{}} intruders of {TOP} more than full",
+        low=0.0,
+        near=0.05,
+        unit=0.2,
+        main=r == LOW[0],
     )
     for r in LOW
 } | {
     "fixed alpha": Part(
         f"α = {FIXED} has {{}} more than α = 2r at r = {HIGH}", low=0.0, near=0.05, unit=0.2
     ),
-    "effective rank": Part(f"the effective rank at r = {HIGH} is {{}} of full's", high=1.0),
+    "effective rank": Part(
+        f"the effective rank at r = {HIGH} is {{}} of full's", high=1.0, main=True
+    ),
 }
 
 
