@@ -11,6 +11,9 @@ import pandas as pd
 from lora_lab.registry import WrongInput
 from lora_lab.stats import Interval, slope, t_interval, units_needed
 
+MANY = 100
+"""Seeds beyond which a mean lies so close to a bound that more of them are no way to decide."""
+
 
 def optimum(tried: Iterable[float], losses: Iterable[float]) -> tuple[float, bool]:
     """Where a loss is lowest, between the values that were tried.
@@ -112,15 +115,19 @@ def seeds_to_tell(values: Iterable[float], *edges: float, either: bool = False) 
 
     >>> seeds_to_tell([0.01, 0.03, 0.02], 0.0), seeds_to_tell([0.0], 0.0)
     ('about 5 seeds would tell', 'one seed says nothing: 2 or more are needed')
+    >>> seeds_to_tell([-0.01, 0.012], 0.0)
+    'about 1902 seeds would tell, as the mean lies close to the bound'
     """
     kept = np.array([v for v in values if math.isfinite(v)])
     if len(kept) < 2:
         return "one seed says nothing: 2 or more are needed"
     gaps = sorted((float(kept.mean()) - edge for edge in edges), key=abs)
     try:
-        return f"about {units_needed(gaps[-1 if either else 0], kept.std(ddof=1))} seeds would tell"
+        count = units_needed(gaps[-1 if either else 0], kept.std(ddof=1))
     except (WrongInput, AssertionError):
         return "no affordable number of seeds would tell"
+    why = ", as the mean lies close to the bound" if count > MANY else ""
+    return f"about {count} seeds would tell{why}"
 
 
 def by_others(table: pd.DataFrame, value: str, over: str, least: bool = False) -> pd.Series:
