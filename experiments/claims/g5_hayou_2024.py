@@ -13,7 +13,7 @@ Test: 95 % t intervals over seeds. At least as well: the test score's difference
 point, refuted below. Faster: the log ratio of steps lies below 0, refuted where it lies above
 ln 0.95: not one twentieth faster. Two parts on each ground.
 
-Power: scores as in F6; log steps differ by about 0.1 between seeds, five seeds give ±0.12.
+Power: scores as in F6; log steps differ by about 0.1 between seeds, twelve seeds give ±0.06.
 
 Cost: the runs of F6.
 """
