@@ -61,8 +61,7 @@ def _details(tables: Tables) -> dict[str, bytes]:
             break
         out[f"run/{run_id}"] = data
     chosen = tables.measures[tables.measures["run_id"].isin(ids)]
-    found = parts.layer_values(chosen)
-    out["layers"] = parts.encoded(parts.layers_part(found, chosen[["layer", "module", "depth"]]))
+    out["layers"] = parts.encoded(parts.layers_part(parts.layer_values(chosen)))
     return out
 
 

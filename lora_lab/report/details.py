@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_lab.layers import depth_of, module_of
-from lora_lab.report.parts import numbers
+from lora_lab.report.parts import about, numbers
 
 STEPS, VALUES = 6, 48
 """Of a thinned run: steps whose spectra are kept, singular values of each."""
@@ -50,11 +49,7 @@ def run_part(run_id: str, own: Mapping[str, pd.DataFrame], thin: bool) -> dict[s
     drawn, cut = _spectra(spectra, layers, thin)
     return {
         "run_id": run_id,
-        "layers": {
-            "layer": layers,
-            "module": [module_of(layer) for layer in layers],
-            "depth": numbers([depth_of(layer) for layer in layers]),
-        },
+        "layers": about(layers),
         "traces": _traces(traces, layers),
         "spectra": drawn,
         "measures": _measures(measures, layers),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
-from lora_lab.layers import depth_of, module_of
 from lora_lab.report import parts, words
 from lora_lab.report.details import run_part
 from lora_lab.report.ledger import claims_part
@@ -21,6 +21,23 @@ from lora_lab.store import Record, Store, Tables
 ENDED = ("done", "diverged", "failed")
 REMEMBERED = 64
 """Answers that are kept."""
+LASTS = 20
+"""Times that words took to be made for which they are told, while runs end: they read all."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A part that was made, of what it was made, when, and how long it took (seconds)."""
+
+    state: str
+    data: bytes
+    began: float
+    took: float
+
+    def holds(self, state: str, lasting: bool) -> bool:
+        """Whether it need not be made again; one that lasts may be older than what it tells of."""
+        recent = time.monotonic() - self.began < LASTS * self.took
+        return self.state == state or (lasting and recent)
 
 
 class Live:
@@ -34,23 +51,28 @@ class Live:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._looking, self._making = threading.Lock(), threading.Lock()
+        self._looking = threading.Lock()
+        self._making: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._stamps: dict[str, int] = {}
+        self._seen = (Tables(store), "")
         self._records: dict[str, Record] = {}
         self._layers: dict[str, tuple[int | None, dict[str, Any]]] = {}
-        self._answers: dict[str, tuple[str, bytes]] = {}
+        self._answers: dict[str, Answer] = {}
 
     def look(self) -> tuple[Tables, str]:
         """The tables of all runs, and a version that changes when a run begins, ends or grows."""
         with self._looking, warnings.catch_warnings(action="ignore"):
             stamps = self.store.stamps()
-            known = {i: r for i, r in self._records.items() if stamps.get(i) == self._stamps.get(i)}
-            tables = Tables(self.store, known=known)
-            ended = {i: r for i, r in tables.records.items() if r.status in ENDED and not r.packed}
-            # What changed while it was read is read again.
-            self._stamps, self._records = stamps, ended
-            seen = [(i, r.status, stamps.get(i)) for i, r in tables.records.items()]
-            return tables, _digest(seen)
+            same = {i: r for i, r in self._records.items() if stamps.get(i) == self._stamps.get(i)}
+            open_ = [i for i in self.store.run_ids() if i not in same]
+            version = _digest([stamps, [(i, self.store.run(i).status()) for i in open_]])
+            if version != self._seen[1]:
+                tables = Tables(self.store, known=same)
+                records = tables.records.items()
+                # What changes while it is read is read again: its stamp is older.
+                self._records = {i: r for i, r in records if r.status in ENDED and not r.packed}
+                self._stamps, self._seen = stamps, (tables, version)
+            return self._seen
 
     def part(self, name: str) -> bytes | None:
         """One part of the pages as JSON; None where there is none of this name.
@@ -70,7 +92,7 @@ class Live:
         makers: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
             ("runs", 0): lambda: parts.runs_part(tables.runs) | {"version": version},
             ("layers", 0): lambda: self._all_layers(tables),
-            ("words", 0): lambda: words.words_part(tables),
+            ("words", 0): lambda: self._words(version),
             ("claims", 0): lambda: claims_part(self.store.claims, inside=False),
             ("run", 1): lambda: self._run(ids[0]),
             ("pair", 2): lambda: pair_part(self.store, ids[0], ids[1]),
@@ -79,19 +101,26 @@ class Live:
         if make is None or not set(ids) <= tables.records.keys():
             return None
         state = _digest([self._stamps.get(i) for i in ids]) if ids else version
-        with self._making:
-            stored = self._answers.pop(name, ("", b""))
-            if stored[0] != state:
+        with self._making[name]:
+            answer = self._answers.get(name)
+            if answer is None or not answer.holds(state, lasting=kind == "words"):
+                began = time.monotonic()
                 with warnings.catch_warnings(action="ignore"):
-                    stored = (state, parts.encoded(make()))
-            self._answers[name] = stored
-            while len(self._answers) > REMEMBERED:
-                del self._answers[next(iter(self._answers))]
-        return stored[1]
+                    data = parts.encoded(make())
+                answer = Answer(state, data, began, time.monotonic() - began)
+        self._answers.pop(name, None)
+        self._answers[name] = answer
+        for oldest in list(self._answers)[:-REMEMBERED]:
+            self._answers.pop(oldest, None)
+        return answer.data
 
     def figure(self, stem: str) -> bytes | None:
         """The figure of a decided claim by the name of its files; None where there is none."""
         return next((p.read_bytes() for p in self.store.claims.glob("*.png") if p.stem == stem), None)
+
+    def _words(self, version: str) -> dict[str, Any]:
+        # Tables of their own: what words read of all runs is not kept.
+        return words.words_part(Tables(self.store, known=self._records)) | {"version": version}
 
     def _run(self, run_id: str) -> dict[str, Any]:
         own = parts.frames_by_run(Tables(self.store, [run_id], self._records), [run_id])
@@ -106,14 +135,7 @@ class Live:
             found = parts.layer_values(Tables(self.store, new, self._records).measures)
             self._layers |= {i: (now[i], found.get(i, {})) for i in new}
         own = {i: self._layers[i][1] for i in sorted(done) if self._layers[i][1]}
-        return parts.layers_part(own, places(own))
-
-
-def places(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """layer, module and depth of every layer of `layer_values`."""
-    layers = list(dict.fromkeys(name for own in found.values() for name in own["layers"]))
-    modules, depths = map(module_of, layers), map(depth_of, layers)
-    return pd.DataFrame({"layer": layers, "module": list(modules), "depth": list(depths)})
+        return parts.layers_part(own)
 
 
 def _digest(seen: Any) -> str:

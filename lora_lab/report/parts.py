@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lora_lab.figures import Tables, comparable, final
+from lora_lab.layers import depth_of, place_of
 from lora_lab.standing import ORDER, seconds_left
 
 FREE = ("seed", "data.seed")
@@ -134,33 +135,23 @@ def layer_values(measures: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return out
 
 
-def layers_part(found: Mapping[str, Mapping[str, Any]], places: pd.DataFrame) -> dict[str, Any]:
-    """`layer_values` of many runs, each list of layers once.
-
-    Parameters
-    ----------
-    found : mapping of str to mapping
-        `layer_values` by run_id.
-    places : DataFrame
-        layer, module, depth.
-    """
+def layers_part(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """`layer_values` of many runs, by run_id, with each list of layers once."""
     sets: dict[tuple[str, ...], int] = {}
     runs = {
         run_id: [sets.setdefault(tuple(own["layers"]), len(sets)), own["values"]]
         for run_id, own in found.items()
     }
-    about = places.drop_duplicates("layer").set_index("layer")
+    return {"measures": list(LAYER_MEASURES), "layers": [about(n) for n in sets], "runs": runs}
+
+
+def about(layers: Iterable[str]) -> dict[str, list[Any]]:
+    """Layers with their place in a block (`module`) and the block (`depth`; null outside)."""
+    names = list(layers)
     return {
-        "measures": list(LAYER_MEASURES),
-        "layers": [
-            {
-                "layer": list(layers),
-                "module": about["module"].reindex(layers).fillna("").tolist(),
-                "depth": numbers(about["depth"].reindex(layers)),
-            }
-            for layers in sets
-        ],
-        "runs": runs,
+        "layer": names,
+        "module": [place_of(layer) for layer in names],
+        "depth": numbers([depth_of(layer) for layer in names]),
     }
 
 

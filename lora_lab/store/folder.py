@@ -136,14 +136,17 @@ class Store:
         )
 
     def stamps(self) -> dict[str, int]:
-        """run_id to when its folder last changed (ns): whoever keeps what it read asks here.
+        """When each run's folder, `sweeps` and `ledger` last changed (ns).
 
-        What a running run tells of its progress does not count, every other write does.
+        Whoever keeps what it has read asks here. What a running run tells of its progress does
+        not count, every other write does.
         """
+        folders = [*(self.root / "runs" / run_id for run_id in self.run_ids())]
+        folders += [self.root / name for name in ("sweeps", "ledger")]
         out = {}
-        for run_id in self.run_ids():
+        for folder in folders:
             with contextlib.suppress(FileNotFoundError):
-                out[run_id] = os.stat(self.root / "runs" / run_id).st_mtime_ns
+                out[folder.name] = os.stat(folder).st_mtime_ns
         return out
 
     def finished(self) -> set[str]:

@@ -56,7 +56,11 @@ function layersTogether(own) {
   if (!names.length) return [];
   const first = names.includes("amplification, k = 4, left") ? "amplification, k = 4, left" : names.find((name) => name.startsWith("amplification")) ?? names[0];
   const now = names.includes(chosen("measure", "")) ? chosen("measure") : first;
-  const lines = own.map((one, n) => line(`${settingWords(runs.byId.get(one.run_id))} (${one.run_id})`, one.layers.layer, known[n].get(now).value, PALETTE[n % PALETTE.length]));
+  // What all names share at their start tells nothing.
+  const parts = own[0].layers.layer.map((layer) => layer.split("."));
+  const shared = parts[0].findIndex((word, i) => parts.some((other) => other[i] !== word || i === other.length - 1));
+  const short = (layer) => layer.split(".").slice(Math.max(0, shared)).join(".");
+  const lines = own.map((one, n) => line(`${settingWords(runs.byId.get(one.run_id))} (${one.run_id})`, one.layers.layer.map(short), known[n].get(now).value, PALETTE[n % PALETTE.length]));
   return [h("div", { class: "row" }, select("measure", "measure", names.map((name) => [name]), now)),
     lined("layers_together", `${capital(now)}, layer by layer`, "Look whether the runs rise and fall at the same layers. Amplification says how much larger the update is than what W0 has in the same directions.", lines, "layer", now, { x: { type: "category", tickfont: { size: 9 } }, more: { height: 480 } })];
 }

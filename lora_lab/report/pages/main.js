@@ -70,7 +70,9 @@ async function render(scroll = false) {
   FINDINGS.hidden = !["overview", "words"].includes(page);
   WORDS.hidden = page !== "words";
   app.hidden = page === "words";
+  // Until plots are drawn again the page keeps its height, and the reader the place.
   app.style.minHeight = scroll ? "" : `${height}px`;
+  setTimeout(() => { if (own === turn) app.style.minHeight = ""; }, 1500);
   const box = page === "overview" ? standingBox() : null;
   app.replaceChildren(...[box ?? h("div", { id: "standing" }), ...content].flat(Infinity).filter((one) => one !== null && one !== undefined));
   document.title = `${TITLES[page] ?? argument} – lora_lab`;
@@ -83,10 +85,12 @@ async function render(scroll = false) {
   document.body.dataset.shown = String(own);
 }
 
+let wordsOf = null;
+
 /** Words of the served pages are asked for, and come when they are computed. */
 async function readWords() {
-  if (!SERVED) return;
   const found = await part("words", true);
+  wordsOf = found.version;
   // They come escaped from the same templates as the words of the file.
   FINDINGS.innerHTML = found.findings;
   WORDS.innerHTML = found.words;
@@ -102,11 +106,12 @@ async function look() {
   if (before && now.version !== before.version) {
     runs = await readRuns(true);
     await render();
-    if (!now.counts.running) await readWords();
   } else if (state().page === "overview") {
     const box = standingBox();
     if (box) document.getElementById("standing")?.replaceWith(box);
   } else if (state().page === "run" && before && now.rows.some((row) => row.run_id === state().argument)) await render();
+  // Words read all tables: while runs end they may lag.
+  if (wordsOf && !now.lost && wordsOf !== now.version && !now.counts.running) await readWords();
 }
 
 async function start() {

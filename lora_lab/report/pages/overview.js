@@ -9,6 +9,8 @@ const COSTS = {
   peak_memory: "peak memory, MB", seconds: "seconds of a run",
 };
 const METHODS = { head: "head only", full: "full fine-tuning", lora: "LoRA" };
+/** Lines that a plot shows at first. */
+const LINES = 6;
 const method = (name) => METHODS[name] ?? name;
 
 async function overviewPage() {
@@ -24,7 +26,7 @@ async function overviewPage() {
     fair && runs.notes[now] ? h("p", { class: "small" }, runs.notes[now]) : null,
     against("adapter.r", "r", drawn, y), against("adapter.alpha", "α", drawn, y),
     h("div", { class: "row" }, select("cost", "cost", Object.entries(COSTS), "adapter_parameters")),
-    pareto(drawn), best(ended)] : [h("p", {}, "No finished run with a score is left.")];
+    pareto(drawn), best(fair ? alike(ended) : ended)] : [h("p", {}, "No finished run with a score is left.")];
   return [filterBar(names, now, left), ...plots.flat(), runTable(rows)];
 }
 
@@ -36,16 +38,18 @@ function against(field, letter, rows, y) {
   const lines = groups(ranked.flatMap((row) =>
     (row.rules || method(row.adapter)).split("|").map((rule) => ({ rule, row }))), ({ rule }) => rule);
   const xs = [...new Set(ranked.map((row) => row[field]))].sort((a, b) => a - b);
-  const traces = [...lines].slice(0, 24).flatMap(([rule, own], i) => {
+  const order = [...lines].sort((a, b) => b[1].length - a[1].length);
+  const traces = order.flatMap(([rule, own], i) => {
     const colour = PALETTE[i % PALETTE.length];
+    const visible = i < LINES || "legendonly";
     const at = [...groups(own.map(({ row }) => row), (row) => row[field])].sort((a, b) => a[0] - b[0]);
     const means = at.map(([, group]) => meanOf(group.map((row) => row[y])));
     return [{
       type: "scatter", mode: "markers", x: own.map(({ row }) => row[field]), y: own.map(({ row }) => row[y]),
       marker: { color: faint(colour, 0.45), size: 7 }, customdata: own.map(({ row }) => row.run_id),
-      text: own.map(({ row }) => about(row, y)), hoverinfo: "text", showlegend: false, legendgroup: rule,
+      text: own.map(({ row }) => about(row, y)), hoverinfo: "text", showlegend: false, legendgroup: rule, visible,
     }, {
-      type: "scatter", mode: "lines+markers", name: plain(rule), legendgroup: rule,
+      type: "scatter", mode: "lines+markers", name: plain(rule), legendgroup: rule, visible,
       x: at.map(([x]) => x), y: means.map(({ mean }) => mean), customdata: at.map(([, group]) => group[0].run_id),
       error_y: { type: "data", array: means.map(({ half }) => half ?? 0), thickness: 1.5, width: 3 },
       line: { color: colour, width: 2 }, marker: { color: colour, size: 8 },
@@ -53,11 +57,12 @@ function against(field, letter, rows, y) {
     }];
   });
   const { shapes, annotations } = bands(rows, y);
+  const more = order.length > LINES ? ` The ${LINES} lines with most runs are drawn; the legend adds others.` : "";
   return figure({
     name: `${y}_against_${letter === "r" ? "r" : "alpha"}`, title,
-    look: `Look where a line enters the band of full fine-tuning and whether it is flat in ${letter}. Dots are runs; lines are means with 95 % t intervals; click a dot to open its run.`,
+    look: `Look where a line enters the band of full fine-tuning and whether it is flat in ${letter}. Dots are runs; lines are means with 95 % t intervals; click a dot to open its run.${more}`,
     traces, open: (id) => link("run", id),
-    layout: { shapes, annotations, margin: { l: 60, r: 150, t: 24, b: 56 },
+    layout: { shapes, annotations, margin: { l: 60, r: 175, t: 24, b: 56 },
       xaxis: { type: "log", title: letter, tickvals: xs, ticktext: xs.map((x) => show(x)) },
       yaxis: { title: MEASURED[y] } },
     columns: ["run", "line", letter, MEASURED[y], "seed"],
@@ -126,6 +131,13 @@ function settingWords(row) {
   const words = ["adapter.r", "adapter.alpha", "train.lr"].filter((name) => row[name] !== null && row[name] !== undefined)
     .map((name) => `${name.split(".")[1]} ${show(row[name])}`);
   return [method(row.adapter), ...words].join(", ");
+}
+
+/** Runs whose data, model and training are those of the runs that are drawn; the rate is free. */
+function alike(rows) {
+  const one = rows.find((row) => row.drawn === "yes");
+  const fixed = runs.config.filter((name) => !["adapter", "seed", "train.lr"].includes(name) && !name.startsWith("adapter."));
+  return one ? rows.filter((row) => fixed.every((name) => row[name] === one[name])) : rows;
 }
 
 /** Of each method the setting that validation chooses, of those with most seeds. */

@@ -27,7 +27,9 @@ function loadPlotly() {
   plotly ??= (async () => {
     const text = SERVED
       ? await (await fetch("/plotly.js")).text() : await unpacked(EMBEDDED.get("plotly"));
-    document.head.append(h("script", {}, text));
+    // Of the styles that it brings for maps, which are not drawn here, it asks by id whether they are there.
+    const [, maps] = text.match(/getElementById\("([0-9a-f]{64})"\)/) ?? [null, "plotly"];
+    document.head.append(h("script", { id: maps }, text));
     return window.Plotly;
   })();
   return plotly;
@@ -54,8 +56,21 @@ const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&
 
 function axisOf(given, common) {
   const title = typeof given.title === "string" ? { text: plain(given.title) } : given.title;
-  const log = given.type === "log" ? { dtick: given.dtick ?? undefined, exponentformat: "power" } : {};
+  const log = given.type === "log" ? { exponentformat: "power" } : {};
   return { ...common, ...log, ...given, title };
+}
+
+/** Ticks of a logarithmic axis: every decade, or within few of them 1, 2 and 5. */
+function ticked(layout, traces) {
+  const found = {};
+  for (const letter of ["x", "y"]) {
+    const axis = layout[`${letter}axis`];
+    if (axis?.type !== "log" || axis.tickvals) continue;
+    const values = traces.flatMap((trace) => trace[letter]).filter((value) => isNumber(value) && value > 0);
+    const span = Math.log10(values.reduce((a, b) => Math.max(a, b), 0) / values.reduce((a, b) => Math.min(a, b), Infinity));
+    found[`${letter}axis`] = { ...axis, dtick: span > 3 ? 1 : "D2" };
+  }
+  return { ...layout, ...found };
 }
 
 const seen = new IntersectionObserver((entries) => {
@@ -75,7 +90,7 @@ function figure(given) {
       const lib = await loadPlotly();
       if (!box.isConnected) return;
       const config = { displaylogo: false, responsive: true, displayModeBar: false };
-      await lib.newPlot(box, given.traces, themed(given.layout), config);
+      await lib.newPlot(box, given.traces, themed(ticked(given.layout, given.traces)), config);
       if (given.open) box.on("plotly_click", ({ points }) => {
         const data = points[0].customdata;
         const target = data === undefined || data === null ? null : given.open(data);
