@@ -143,11 +143,10 @@ def runs(given: argparse.Namespace) -> int:
 
 def dashboard(given: argparse.Namespace) -> int:
     """Serve the pages until the user stops it."""
-    from lora_lab.dashboard import server
+    from lora_lab.dashboard import HOST, server
 
     with server(Store(folder_of(given)), given.port) as serving:
-        host, port = serving.server_address[:2]
-        print(f"dashboard: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        print(f"dashboard: http://{HOST}:{serving.port} (Ctrl-C ends it)", flush=True)
         try:
             serving.serve_forever()
         except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote
 
 from lora_lab.registry import WrongInput
@@ -58,7 +58,7 @@ class Pages(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _answer(self, body: bool) -> None:
-        port = self.server.server_address[1]
+        port = cast(Server, self.server).port
         # Another name for this machine is how a page from elsewhere would read this one.
         if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
             return self._refuse(HTTPStatus.FORBIDDEN, f"only as http://{HOST}:{port}")
@@ -115,6 +115,11 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
+    @property
+    def port(self) -> int:
+        """Where it listens on `HOST`."""
+        return int(self.socket.getsockname()[1])
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Errors of the connection pass, others are shown."""
         if not isinstance(sys.exc_info()[1], OSError):
@@ -129,7 +134,7 @@ def server(store: Store, port: int = 0) -> Server:
     store : Store
         Only read.
     port : int
-        0: any free one (`server_address` tells).
+        0: any free one (`port` tells).
 
     Raises
     ------
@@ -140,4 +145,6 @@ def server(store: Store, port: int = 0) -> Server:
     try:
         return Server((HOST, port), pages)
     except (OSError, OverflowError) as error:
-        raise WrongInput(f"port {port} cannot be used ({error}); --port 0 takes a free one.") from None
+        raise WrongInput(
+            f"port {port} cannot be used ({error}); --port 0 takes a free one."
+        ) from None

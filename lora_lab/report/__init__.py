@@ -37,31 +37,28 @@ def build(tables: Tables, claims: Path | None = None) -> str:
 
 
 def _page(tables: Tables, sections: list[words.Section], claims: Path | None) -> str:
-    inside = {
-        "runs": parts.encoded(parts.runs_part(tables.runs)),
-        **_details(tables),
-    }
+    inside = {"runs": parts.runs_part(tables.runs)}
     if claims is not None and claims.is_dir():
-        inside["claims"] = parts.encoded(claims_part(claims, inside=True))
-    return page.alone(words.values(tables, sections), inside)
+        inside["claims"] = claims_part(claims, inside=True)
+    packed = {name: page.packed(parts.encoded(part)) for name, part in inside.items()}
+    return page.alone(words.values(tables, sections), packed | _details(tables))
 
 
-def _details(tables: Tables) -> dict[str, bytes]:
-    """The newest runs one by one, thinned, as many as fit; and the layers of the same runs."""
-    runs = tables.runs[tables.runs["status"].isin(["done", "diverged"])]
-    newest = runs.sort_values("started", ascending=False, kind="stable", na_position="last")
-    ids = newest["run_id"].astype(str).tolist()
+def _details(tables: Tables) -> dict[str, str]:
+    """Packed: the newest runs one by one, thinned, as many as fit; the layers of all of them."""
+    runs = tables.runs.sort_values("started", ascending=False, kind="stable", na_position="last")
+    told = set(tables.traces["run_id"]) | set(tables.spectra["run_id"])
+    ids = [run_id for run_id in runs["run_id"].astype(str) if run_id in told]
     frames = parts.frames_by_run(tables, ids)
-    out: dict[str, bytes] = {}
+    layers = parts.layers_part(parts.layer_values(tables.measures))
+    out = {"layers": page.packed(parts.encoded(layers))}
     left = DETAILS
     for run_id in ids:
-        data = parts.encoded(run_part(run_id, frames[run_id], thin=True))
-        left -= len(page.packed(data))
+        data = page.packed(parts.encoded(run_part(run_id, frames[run_id], thin=True)))
+        left -= len(data)
         if left < 0:
             break
         out[f"run/{run_id}"] = data
-    chosen = tables.measures[tables.measures["run_id"].isin(ids)]
-    out["layers"] = parts.encoded(parts.layers_part(parts.layer_values(chosen)))
     return out
 
 

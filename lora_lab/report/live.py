@@ -54,6 +54,7 @@ class Live:
         self._looking = threading.Lock()
         self._making: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._stamps: dict[str, int] = {}
+        self._open: dict[str, str] = {}
         self._seen = (Tables(store), "")
         self._records: dict[str, Record] = {}
         self._layers: dict[str, tuple[int | None, dict[str, Any]]] = {}
@@ -64,20 +65,22 @@ class Live:
         with self._looking, warnings.catch_warnings(action="ignore"):
             stamps = self.store.stamps()
             same = {i: r for i, r in self._records.items() if stamps.get(i) == self._stamps.get(i)}
-            open_ = [i for i in self.store.run_ids() if i not in same]
-            version = _digest([stamps, [(i, self.store.run(i).status()) for i in open_]])
-            if version != self._seen[1]:
+            now = {i: self.store.run(i).status() for i in self.store.run_ids() if i not in same}
+            if (stamps, now) != (self._stamps, self._open):
                 tables = Tables(self.store, known=same)
-                records = tables.records.items()
+                own = {i: r for i, r in tables.records.items() if not r.packed}
                 # What changes while it is read is read again: its stamp is older.
-                self._records = {i: r for i, r in records if r.status in ENDED and not r.packed}
-                self._stamps, self._seen = stamps, (tables, version)
+                self._stamps = stamps
+                self._records = {i: r for i, r in own.items() if r.status in ENDED}
+                self._open = {i: r.status for i, r in own.items() if r.status not in ENDED}
+                self._seen = (tables, _digest([stamps, self._open]))
             return self._seen
 
     def part(self, name: str) -> bytes | None:
         """One part of the pages as JSON; None where there is none of this name.
 
-        `standing`, `runs`, `layers`, `words`, `claims`, `run/ID`, `pair/ID+ID`.
+        `standing`, `runs`, `layers`, `words`, `claims`, `run/ID`, `pair/ID+ID`, `pair/ID+ID+NUMBER`
+        (a layer).
 
         Raises
         ------
@@ -89,13 +92,14 @@ class Live:
             return parts.encoded(parts.standing_part(standing(tables), version))
         kind, _, rest = name.partition("/")
         ids = rest.split("+") if rest else []
+        layer = int(ids.pop()) if kind == "pair" and len(ids) == 3 and len(ids[2]) < 6 else None
         makers: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
             ("runs", 0): lambda: parts.runs_part(tables.runs) | {"version": version},
             ("layers", 0): lambda: self._all_layers(tables),
             ("words", 0): lambda: self._words(version),
             ("claims", 0): lambda: claims_part(self.store.claims, inside=False),
             ("run", 1): lambda: self._run(ids[0]),
-            ("pair", 2): lambda: pair_part(self.store, ids[0], ids[1]),
+            ("pair", 2): lambda: pair_part(self.store, ids[0], ids[1], layer),
         }
         make = makers.get((kind, len(ids)))
         if make is None or not set(ids) <= tables.records.keys():
@@ -116,7 +120,9 @@ class Live:
 
     def figure(self, stem: str) -> bytes | None:
         """The figure of a decided claim by the name of its files; None where there is none."""
-        return next((p.read_bytes() for p in self.store.claims.glob("*.png") if p.stem == stem), None)
+        return next(
+            (p.read_bytes() for p in self.store.claims.glob("*.png") if p.stem == stem), None
+        )
 
     def _words(self, version: str) -> dict[str, Any]:
         # Tables of their own: what words read of all runs is not kept.

@@ -16,8 +16,8 @@ from lora_lab.figures.truncation import errors
 from lora_lab.outside import Outside, left_out
 from lora_lab.outside.layer import ZERO
 from lora_lab.report.page import inert
-from lora_lab.report.words import Picture, Section, picture
 from lora_lab.report.rows import NONE, SHOWN_RUNS, TextTable
+from lora_lab.report.words import Picture, Section, picture
 from lora_lab.store import write_bytes
 
 SHOWN = {

@@ -100,10 +100,14 @@ def inert(values: Mapping[str, Any]) -> str:
     return _shell(values, policy(served=False, active=False), active=False)
 
 
-def alone(values: Mapping[str, Any], parts: Mapping[str, bytes]) -> str:
-    """The pages as one file, with their words and all of their data inside."""
-    inside = {name: packed(data) for name, data in parts.items()}
-    inside["plotly"] = packed(plotly().encode())
+@cache
+def _packed_plotly() -> str:
+    return packed(plotly().encode())
+
+
+def alone(values: Mapping[str, Any], parts: Mapping[str, str]) -> str:
+    """The pages as one file, with their words and all of their data inside, `packed`."""
+    inside = {**parts, "plotly": _packed_plotly()}
     return _shell(values, policy(served=False), active=True, parts=inside)
 
 

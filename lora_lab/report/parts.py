@@ -82,7 +82,10 @@ def runs_part(runs: pd.DataFrame) -> dict[str, Any]:
         rules.loc[named.index] = named
         drawn.loc[named.index] = True
         notes[f"{model} on {data}"] = note
-    config = [c for c in runs if (c in ("model", "data", "adapter") or "." in c) and c not in FREE]
+    config = [str(c) for c in runs]
+    config = [
+        c for c in config if (c in ("model", "data", "adapter") or "." in c) and c not in FREE
+    ]
     varies = [c for c in config if runs[c].nunique(dropna=False) > 1]
     setting = runs.groupby(varies, dropna=False).ngroup() if varies else 0
     table = runs.assign(rules=rules.to_numpy(), drawn=drawn.to_numpy(), setting=setting)
@@ -101,14 +104,10 @@ def standing_part(table: pd.DataFrame, version: str) -> dict[str, Any]:
     count = table["status"].value_counts()
     open_ = table[table["status"] != "done"]
     shown = open_.groupby("status", sort=False).head(LISTED)
-    names = ("run_id", "sweep", "status", "step", "steps", "loss", "left", "error")
-    rows = [
-        {
-            name: None if pd.isna(value) else value if isinstance(value, str) else numbers([value])[0]
-            for name, value in zip(names, row, strict=True)
-        }
-        for row in shown[list(names)].itertuples(index=False)
-    ]  # fmt: skip
+    texts = shown[["run_id", "sweep", "status", "error"]].astype(object)
+    columns = {name: texts[name].where(texts[name].notna(), None).tolist() for name in texts}
+    columns |= {name: numbers(shown[name]) for name in ("step", "steps", "loss", "left")}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {
         "version": version,
         "counts": {name: int(count[name]) for name in ORDER if name in count},

@@ -2,70 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lora_lab.analysis import rows
 from lora_lab.comparison import compare
-from lora_lab.linalg import Update
-from lora_lab.linalg.randomized import leading
+from lora_lab.linalg import Update, decompose
 from lora_lab.linalg.subspace import overlap_grid
+from lora_lab.measures import DIRECTIONS
 from lora_lab.measures.subspace_overlap import SIDES, directions
 from lora_lab.measuring import kept
 from lora_lab.registry import WrongInput
 from lora_lab.report.parts import numbers
 from lora_lab.store import Store
 
-COMPARED = ("cosine", "subspace_overlap", "principal_angle", "sign_conflict")
+DIRECTED = ("subspace_overlap", "principal_angle")
 SHOWN = 16
 """Directions of the grids of φ(i, j)."""
+LEVELS = ("value", "null", "null_low", "null_high")
 
 
-def pair_part(store: Store, one: str, other: str) -> dict[str, Any]:
-    """Measures of two runs' final updates with their nulls, and φ(i, j) of every layer.
+def pair_part(store: Store, one: str, other: str, layer: int | None = None) -> dict[str, Any]:
+    """Two runs' final updates: the cosine of every layer, or all that one layer shares.
+
+    Parameters
+    ----------
+    layer : int, optional
+        Place of a layer among those that both have. Its directions are decomposed; those of all
+        layers of a full fine-tuning would take a minute.
 
     Raises
     ------
     WrongInput
-        Where the weights of a run are gone, or no layer is in both.
+        Where the weights of a run are gone, or no layer is in both, or `layer` is not there.
     """
     updates = {run_id: kept(store.run(run_id))[0] for run_id in (one, other)}
     for run_id, own in updates.items():
         if not own:
-            raise WrongInput(f"run {run_id} has no weights on disk to compare: it has no update, or "
-                             "only its tables were kept. Its tables are compared above.")  # fmt: skip
-    rows = compare(updates, COMPARED)
-    both = [layer for layer in updates[one] if layer in updates[other]]
-    grids = {layer: phi(updates[one][layer], updates[other][layer], layer) for layer in both}
-    return {"one": one, "other": other, "layers": both, "rows": _rows(rows, both), "phi": grids}
+            raise WrongInput(
+                f"run {run_id} has no weights on disk to compare: it changed no layer, or only its "
+                "tables were kept."
+            )
+    both = [name for name in updates[one] if name in updates[other]]
+    head = {"one": one, "other": other, "layers": both}
+    if layer is None:
+        return head | _cosines(compare(updates, ["cosine"]), both)
+    if layer >= len(both):
+        raise WrongInput(f"the runs share {len(both)} layers; got number {layer}.")
+    name = both[layer]
+    return head | _directions(name, updates[one][name], updates[other][name])
 
 
-def phi(one: Update, other: Update, layer: str = "") -> dict[str, Any]:
-    """φ(i, j) = ‖U_iᵀU'_j‖²/min(i, j) of the leading directions of two updates, by side.
+def _cosines(found: pd.DataFrame, layers: list[str]) -> dict[str, Any]:
+    """The cosine of the whole updates and of every layer, with their nulls."""
+    whole = found[found["layer"] == ""].iloc[0]
+    own = found[found["layer"] != ""].set_index("layer").reindex(layers)
+    return {
+        "whole": {name: numbers([whole[name]])[0] for name in LEVELS},
+        **{name: numbers(own[name], 4) for name in LEVELS},
+    }
 
-    `expected` is its mean for random subspaces at i = j = 1, which is 1/d: at (i, j) it is
-    max(i, j)/d.
-    """
-    out: dict[str, Any] = {}
-    spectra = [leading(update, SHOWN, layer=layer) for update in (one, other)]
+
+def _directions(layer: str, one: Update, other: Update) -> dict[str, Any]:
+    """What the leading directions of two updates share: by k with nulls, and φ(i, j), by side."""
+    s, pair = (decompose(u, vectors=DIRECTIONS, layer=layer) for u in (one, other))
+    measured = rows(layer, s, DIRECTED, pair=pair)
+    grids = {}
     for side, d in zip(SIDES, one.shape, strict=True):
-        U1, U2 = (directions(s, side)[:, :SHOWN] for s in spectra)
-        grid = overlap_grid(U1, U2) if U1.shape[1] and U2.shape[1] else np.empty((0, 0))
-        out[side] = {"d": d, "grid": [numbers(row, 4) for row in grid]}
-    return out
+        U, V = (directions(x, side)[:, :SHOWN] for x in (s, pair))
+        grid = overlap_grid(U, V) if U.shape[1] and V.shape[1] else np.empty((0, 0))
+        grids[side] = {"d": d, "grid": [numbers(row, 4) for row in grid]}
+    return {"phi": grids, "by_k": [_short(row) for row in measured]}
 
 
-def _rows(rows: pd.DataFrame, layers: list[str]) -> list[dict[str, Any]]:
-    """Each measure by k and side: of the whole model, or of each layer with its null."""
-    out = []
-    for (name, k, side), own in rows.groupby(["measure", "k", "side"], dropna=False, sort=True):
-        entry = {"measure": name, "k": numbers([k])[0], "side": side}
-        whole = own[own["layer"] == ""]
-        by_layer = own[own["layer"] != ""].set_index("layer").reindex(layers)
-        for column in ("value", "null", "null_low", "null_high"):
-            entry[column] = numbers(by_layer[column], 4)
-            if len(whole):
-                entry[f"whole_{column}"] = numbers(whole[column][:1])[0]
-        out.append(entry)
-    return out
+def _short(row: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: numbers([row[name]], 4)[0] for name in LEVELS}
+    return {"measure": row["measure"], "k": row["k"], "side": row["side"], **values}

@@ -116,7 +116,6 @@ def sections(tables: Tables, pictured: int) -> list[Section]:
     return out
 
 
-
 def values(tables: Tables, told: list[Section]) -> dict[str, Any]:
     """What the templates of the words name."""
     runs = tables.runs
