@@ -1,4 +1,4 @@
-"""Commands that look: `status`, `runs`, `diff`, `rm`, `doctor`. Reading starts without torch."""
+"""Commands that look: `status`, `runs`, `dashboard`, `diff`, `rm`, `doctor`; without torch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ OK, FAILED = 0, 1
 EVERY = 2.0
 """Seconds between two looks of `status --watch`."""
 
+PORT = 8417
+"""Where the dashboard is served by default."""
+
 RESULTS = tuple(name for name in schema.RUNS if name not in ("run_id", "sweep"))
 """Columns that `diff` compares beside the configs."""
 
@@ -44,6 +47,9 @@ def enter(add: Add) -> None:
     how = one.add_mutually_exclusive_group()
     how.add_argument("--csv", action="store_true", help="every column, as CSV")
     how.add_argument("--json", action="store_true", help="every column, as a JSON list of rows")
+    one = add("dashboard", "the pages of the results in a browser, live", dashboard, True)
+    about = f"on 127.0.0.1 (default: {PORT}; 0: any free one)"
+    one.add_argument("--port", metavar="N", type=int, default=PORT, help=about)
     one = add("diff", "what two runs differ in: config and results", diff, True)
     one.add_argument("ids", metavar="RUN", nargs=2)
     one = add("rm", "move runs to results/trash", remove, True)
@@ -129,6 +135,22 @@ def runs(given: argparse.Namespace) -> int:
         screen.print(runs_table(found, screen.width, as_they_come=given.sort is not None))
     else:
         print("no runs yet" if given.where is None else "no run is so")
+    return OK
+
+
+# ---- dashboard ---------------------------------------------------------------------------------
+
+
+def dashboard(given: argparse.Namespace) -> int:
+    """Serve the pages until the user stops it."""
+    from lora_lab.dashboard import HOST, server
+
+    with server(Store(folder_of(given)), given.port) as serving:
+        print(f"dashboard: http://{HOST}:{serving.port} (Ctrl-C ends it)", flush=True)
+        try:
+            serving.serve_forever()
+        except KeyboardInterrupt:
+            print()
     return OK
 
 

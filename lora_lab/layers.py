@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 
 def module_of(layer: str) -> str:
@@ -23,6 +24,15 @@ def depth_of(layer: str) -> float:
     (3.0, nan)
     """
     return next((float(part) for part in layer.split(".") if part.isdecimal()), math.nan)
+
+
+def place_of(layer: str) -> str:
+    """What a layer is inside its block: the name without the block and what leads to it.
+
+    >>> place_of("encoder.layer.3.attention.self.query"), place_of("lm_head")
+    ('attention.self.query', 'lm_head')
+    """
+    return re.sub(r"^(.*?\.)?\d+\.(?=.)", "", layer)
 
 
 def natural(layer: str) -> tuple[tuple[int, int, str], ...]:

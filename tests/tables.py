@@ -161,7 +161,8 @@ def made_up_tables(
     return Tables(
         as_loaded(pd.DataFrame(runs)),
         pd.DataFrame(measures, columns=["run_id", "step", "layer", "module", "depth",
-                                        "measure", "k", "side", "value", "null"]),
+                                        "measure", "k", "side", "value", "null"]).assign(
+            null_low=lambda rows: 0.9 * rows["null"], null_high=lambda rows: 1.1 * rows["null"]),
         pd.DataFrame(traces, columns=["run_id", "step", "layer", "trace", "value"]),
         pd.concat(spectra, ignore_index=True),
     )  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
+import json
 import re
 import time
 from html.parser import HTMLParser
@@ -17,7 +19,7 @@ from tables import Tables, as_loaded, empty_tables, made_up_tables, run_row
 
 from lora_lab import report
 from lora_lab.figures import FIGURES
-from lora_lab.report import rows, summary
+from lora_lab.report import rows, summary, words
 
 DEMO = made_up_tables()
 DRAWN = [name for name in FIGURES if name != "methods"]
@@ -70,7 +72,7 @@ def without_pictures(runs: pd.DataFrame) -> Tables:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what is about words alone: no pictures, which take most of the time."""
-    monkeypatch.setattr(report, "PICTURED", 0)
+    monkeypatch.setattr(words, "PICTURED", 0)
 
 
 # ---- one inert file ----------------------------------------------------------------------------
@@ -92,35 +94,48 @@ def test_every_picture_has_its_sentence_of_what_to_look_for(page: str):
     assert all(FIGURES[name].look_for in said for name in DRAWN)
 
 
-def test_the_page_loads_nothing_and_runs_nothing(page: str):
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(page: str):
     tags = Page(page).tags
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {
-        t for t, _ in tags
-    }
+    assert not {"iframe", "object", "embed", "base", "form"} & {t for t, _ in tags}
+    kinds = [attrs.get("type", "code") for tag, attrs in tags if tag == "script"]
+    assert kinds.count("code") == 1
+    assert set(kinds) == {"code", "text/plain"}
     for _, attrs in tags:
         assert "style" not in attrs
         assert not [name for name in attrs if name.startswith("on")]
         for name in ("src", "href"):
-            assert str(attrs.get(name, "#")).startswith(("#", "data:image/png;base64,"))
+            assert str(attrs.get(name, "#")).startswith(("#", "data:image/png;base64,", "data:,"))
     assert "url(" not in page
     assert "@import" not in page
     assert not re.search(r"https?://", page)
 
 
-def test_the_policy_allows_the_style_by_its_hash_and_pictures_alone(page: str):
+def test_the_policy_allows_style_and_scripts_by_their_hashes_and_pictures_alone(page: str):
     (policy,) = [
         str(attrs["content"])
         for tag, attrs in Page(page).tags
         if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
     ]
-    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)
-    assert style
-    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
     directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     assert directives["default-src"] == "'none'"
-    assert directives["img-src"] == "data:"
-    assert directives["style-src"] == f"'sha256-{digest}'"
-    assert "script-src" not in directives
+    assert directives["img-src"] == "data: blob:"
+    assert "connect-src" not in directives
+    for tag in ("style", "script"):
+        inside = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert inside
+        digest = base64.b64encode(hashlib.sha256(inside[1].encode()).digest()).decode()
+        words = directives[f"{tag}-src"].split()
+        assert f"'sha256-{digest}'" in words
+        assert all(word.startswith("'sha256-") for word in words)
+
+
+def test_all_of_the_data_is_inside_and_a_thinned_run_says_so(page: str):
+    parts = dict(re.findall(r'data-part="([^"]+)">([^<]*)<', page))
+    runs = DEMO.runs.loc[DEMO.runs["adapter"] != "head", "run_id"]
+    assert {"runs", "layers", "plotly", *(f"run/{run_id}" for run_id in runs)} <= set(parts)
+    full = DEMO.runs.loc[DEMO.runs["adapter"] == "full", "run_id"].iloc[0]
+    told = json.loads(gzip.decompress(base64.b64decode(parts[f"run/{full}"])))
+    assert "lora-lab dashboard" in told["thinned"]
 
 
 def test_the_demo_report_is_small(written: Path):
@@ -333,7 +348,7 @@ def test_each_model_and_data_has_a_section_of_its_own():
     tables = Tables(runs, DEMO.measures, DEMO.traces, DEMO.spectra)
     page = report.build(tables)
     assert page.index("<h2>minilm on rotten_tomatoes</h2>") < page.index("<h2>planted on planted")
-    main = next(iter(report.pairs(tables)))[1]
+    main = next(iter(words.pairs(tables)))[1]
     assert summary.sentences(main) == summary.sentences(DEMO)
 
 

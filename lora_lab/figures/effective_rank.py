@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -25,18 +23,10 @@ from lora_lab.figures import (
     main_rule,
     unranked,
 )
+from lora_lab.layers import place_of
 
 TITLE = "How many directions each layer's update uses: effective rank"
 ANNOTATED = 12
-
-
-def place_of(layer: str) -> str:
-    """What a layer is inside its block: the name without the block and what leads to it.
-
-    >>> place_of("encoder.layer.3.attention.self.query"), place_of("lm_head")
-    ('attention.self.query', 'lm_head')
-    """
-    return re.sub(r"^(.*?\.)?\d+\.(?=.)", "", layer)
 
 
 def _grid(rows: pd.DataFrame) -> pd.DataFrame:

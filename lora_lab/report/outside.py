@@ -15,8 +15,9 @@ from lora_lab.figures import FIGURES, Drawing
 from lora_lab.figures.truncation import errors
 from lora_lab.outside import Outside, left_out
 from lora_lab.outside.layer import ZERO
-from lora_lab.report import Picture, Section, picture, render
+from lora_lab.report.page import inert
 from lora_lab.report.rows import NONE, SHOWN_RUNS, TextTable
+from lora_lab.report.words import Picture, Section, picture
 from lora_lab.store import write_bytes
 
 SHOWN = {
@@ -190,7 +191,7 @@ def build(found: Outside, given: Mapping[str, str]) -> str:
         "trained": False,
         "provenance": [*given.items(), ("lora_lab", version("lora-lab"))],
     }
-    return render(values)
+    return inert(values)
 
 
 def write(found: Outside, path: str | Path, given: Mapping[str, str]) -> Path:

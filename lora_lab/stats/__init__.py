@@ -21,7 +21,7 @@ from lora_lab.stats.fits import (
     fit_curve,
     slope,
 )
-from lora_lab.stats.intervals import Interval, bootstrap, rate_interval, t_interval
+from lora_lab.stats.intervals import Interval, bootstrap, rate_interval, t_factor, t_interval
 from lora_lab.stats.power import power, units_needed
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "power",
     "rate_interval",
     "slope",
+    "t_factor",
     "t_interval",
     "units_needed",
 ]

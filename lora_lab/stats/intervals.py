@@ -67,8 +67,22 @@ def t_interval(values: Iterable[float], level: float = 0.95) -> Interval:
     mean = float(x.mean())
     if x.size == 1:
         return Interval(mean, math.nan, math.nan)
-    half = float(student.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
+    half = float(t_factor(x.size - 1, level) * x.std(ddof=1) / math.sqrt(x.size))
     return Interval(mean, mean - half, mean + half)
+
+
+def t_factor(df: int, level: float = 0.95) -> float:
+    """Standard errors on either side of a mean that its Student t interval spans.
+
+    Parameters
+    ----------
+    df : int
+        Degrees of freedom, at least 1: one less than there are values.
+
+    >>> round(t_factor(2), 6)
+    4.302653
+    """
+    return float(student.ppf((1 + level) / 2, df))
 
 
 def bootstrap(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -91,6 +92,11 @@ class Store:
         files.make_folder(self.root / "cache")
         return self.root / "cache"
 
+    @property
+    def claims(self) -> Path:
+        """Folder of the claims ledger; need not exist."""
+        return self.root / "claims"
+
     def write_base(self, key: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Keep base weights that several runs share, once."""
         path = self.cache / f"base-{key}.safetensors"
@@ -128,6 +134,20 @@ class Store:
         return sorted(
             e.name for e in entries if RUN_ID.fullmatch(e.name) and e.is_dir(follow_symlinks=False)
         )
+
+    def stamps(self) -> dict[str, int]:
+        """When each run's folder, `sweeps` and `ledger` last changed (ns).
+
+        Whoever keeps what it has read asks here. What a running run tells of its progress does
+        not count, every other write does.
+        """
+        folders = [*(self.root / "runs" / run_id for run_id in self.run_ids())]
+        folders += [self.root / name for name in ("sweeps", "ledger")]
+        out = {}
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError):
+                out[folder.name] = os.stat(folder).st_mtime_ns
+        return out
 
     def finished(self) -> set[str]:
         """Ids of runs that need no training: DONE on disk (diverged ones too) or packed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,6 +85,8 @@ class Tables:
     store : Store
     only : collection of run_id, optional
         These runs alone; None: all.
+    known : mapping of run_id to Record, optional
+        Runs whose small files need not be read again.
 
     Attributes
     ----------
@@ -92,8 +94,14 @@ class Tables:
         One line for each corrupt file met so far.
     """
 
-    def __init__(self, store: Store, only: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        only: Collection[str] | None = None,
+        known: Mapping[str, Record] | None = None,
+    ) -> None:
         self.store = store
+        self.known = known or {}
         self.only = None if only is None else set(only)
         self.problems: list[str] = []
 
@@ -103,7 +111,7 @@ class Tables:
         out = {r.run_id: r for r in self._tried(self.store.packed) or [] if self._asked(r.run_id)}
         for run_id in filter(self._asked, self.store.run_ids()):
             run = self.store.run(run_id)
-            record = run.record()
+            record = self.known.get(run_id) or run.record()
             if run.done and record.status == "interrupted":
                 self._note(str(record.error))
             # A folder that is being made again does not hide the finished run in the ledger.
