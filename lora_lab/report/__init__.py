@@ -113,19 +113,21 @@ def _pictures(tables: Tables) -> tuple[list[Picture], list[str]]:
     return pictures, empty
 
 
-def _sections(tables: Tables) -> list[Section]:
-    sections = []
+def sections(tables: Tables) -> list[Section]:
+    """What the report says of each pair of model and data, with its figures drawn."""
+    found = []
     for number, (name, pair) in enumerate(pairs(tables)):
         pictures, empty = _pictures(pair) if number < PICTURED else ([], [])
-        sections.append(Section(name, sentences(pair), pictures, empty, method_table(pair.runs)))
-    return sections
+        found.append(Section(name, sentences(pair), pictures, empty, method_table(pair.runs)))
+    return found
 
 
-def _page(tables: Tables, sections: list[Section]) -> str:
+def page(tables: Tables, drawn: list[Section]) -> str:
+    """The report as `build` gives it, from the tables and their `sections`."""
     runs = tables.runs
     values = {
         "counts": counts(runs),
-        "sections": sections,
+        "sections": drawn,
         "pictured": PICTURED,
         "errors": error_table(runs),
         # Files that the store could not read are known once all tables have been read.
@@ -163,7 +165,7 @@ def build(tables: Tables) -> str:
         lets it load nothing. Text of the tables appears as it stands, never as markup. Equal
         tables give equal text.
     """
-    return _page(tables, _sections(tables))
+    return page(tables, sections(tables))
 
 
 def _folder_name(name: str) -> str:
@@ -187,16 +189,16 @@ def write(tables: Tables, path: str | Path) -> Path:
         When the disk is full or the permission is missing; an old report stays whole.
     """
     path = Path(path).resolve()
-    sections = _sections(tables)
+    drawn = sections(tables)
     make_folder(path.parent)
-    for number, section in enumerate(sections[:PICTURED]):
+    for number, section in enumerate(drawn[:PICTURED]):
         folder = path.parent / "figures"
-        if len(sections) > 1:
+        if len(drawn) > 1:
             # The number keeps two names apart that differ in a replaced letter only.
             folder /= f"{number + 1}_{_folder_name(section.name)}"
         make_folder(folder)
         for picture in section.pictures:
             write_bytes(folder / f"{picture.name}.png", picture.png)
             write_bytes(folder / f"{picture.name}.pdf", picture.pdf)
-    write_bytes(path, _page(tables, sections).encode())
+    write_bytes(path, page(tables, drawn).encode())
     return path
