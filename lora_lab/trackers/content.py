@@ -7,7 +7,8 @@ Metric names come from the registries' names:
   validation split ``validation/NAME``;
 - a measure is its kind, its name, then its side, its k and the module over whose layers it is
   averaged, where it has them: ``rank/effective/query``, ``rank/energy/0.95/query``,
-  ``size/norm/frobenius/query``, ``oracle/score/trained_head/8``;
+  ``size/norm/frobenius/query``. Curves over k are no metrics (each point would be a chart): they
+  are in the table `measures` with every other row;
 - the result on the test split is ``eval/score`` and ``eval/loss``, what is left of the row of
   `runs` is ``run/NAME``.
 """
@@ -69,16 +70,10 @@ def measure_metric(measure: str, k: float, side: str, module: str) -> str:
     >>> nan = float("nan")
     >>> measure_metric("stable_rank", nan, "", "query"), measure_metric("norm", nan, "nuclear", "")
     ('rank/stable/query', 'size/norm/nuclear')
-    >>> measure_metric("oracle_score", 8.0, "trained_head", "")
-    'oracle/score/trained_head/8'
     """
-    if measure in MEASURES:
-        section, name = MEASURES[measure].kind, measure
-        if section == "rank":
-            name = name.removesuffix("_rank")
-    else:  # what training itself found
-        section, _, name = measure.partition("_")
-    return "/".join(filter(None, (section, name, side, f"{k:g}" if k == k else "", module)))
+    kind = MEASURES[measure].kind
+    name = measure.removesuffix("_rank") if kind == "rank" else measure
+    return "/".join(filter(None, (kind, name, side, f"{k:g}" if k == k else "", module)))
 
 
 def history(traces: Iterable[Trace]) -> Iterator[tuple[int, Row]]:
@@ -234,7 +229,13 @@ def _nested(record: Record) -> dict[str, Any]:
 
 
 def _measured(measures: pd.DataFrame) -> list[Row]:
-    """One row for each step with measures: their mean over the layers of a module."""
+    """One row for each step with measures: their mean over the layers of a module.
+
+    Those without k, and ranks at a threshold; of those with sides too there would be dozens.
+    """
+    ranks = {name for name in MEASURES if MEASURES[name].kind == "rank"}
+    single = measures["k"].isna() | (measures["measure"].isin(ranks) & (measures["side"] == ""))
+    measures = measures[single & measures["measure"].isin(set(MEASURES))]
     keys = ["step", "measure", "k", "side", "module"]
     means = measures.groupby(keys, dropna=False, sort=True)["value"].mean()
     rows: dict[int, Row] = {}

@@ -208,7 +208,7 @@ def _table(rows: pd.DataFrame) -> wandb.Table:
 def _whole(mode: Tracker, folder: Path, one: About, failed: bool) -> Iterator[Any]:
     """A W&B run in place of what is there of it on disk, closed at the end."""
     _remove(folder / "wandb", one.run_id)
-    with _staging(folder / "wandb" / "staging" / one.run_id):
+    with _staging(folder / "wandb", one.run_id):
         run = _open(mode, folder, one)
         try:
             yield run
@@ -222,22 +222,22 @@ def _whole(mode: Tracker, folder: Path, one: About, failed: bool) -> Iterator[An
 def _remove(folder: Path, name: str) -> None:
     """Remove what the client has on disk of a W&B run."""
     own = re.compile(rf"(offline-)?run-\d{{8}}_\d{{6}}-{re.escape(name)}")
-    for entry in [*folder.glob("*run-*"), folder / "staging" / name]:
-        if own.fullmatch(entry.name) or entry.parent.name == "staging":
-            shutil.rmtree(entry, ignore_errors=True)
+    of_it = [entry for entry in folder.glob("*run-*") if own.fullmatch(entry.name)]
+    for entry in (*of_it, folder / "staging" / name):
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[None]:
+def _staging(folder: Path, name: str) -> Iterator[None]:
     """Where the client copies tables and files of artifacts, instead of the user's home."""
-    names = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, str(folder)))
+    places = {"WANDB_DATA_DIR": folder / "staging" / name, "WANDB_CACHE_DIR": folder / "cache"}
+    before = {key: os.environ.get(key) for key in places}
+    os.environ.update({key: str(place) for key, place in places.items()})
     try:
         yield
     finally:
-        for name, value in before.items():
+        for key, value in before.items():
             if value is None:
-                del os.environ[name]
+                del os.environ[key]
             else:
-                os.environ[name] = value
+                os.environ[key] = value
