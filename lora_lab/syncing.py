@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from lora_lab.browsing import FAILED, OK, folder_of
 from lora_lab.config import Tracker
 from lora_lab.display import counted
-from lora_lab.mirroring import Mirrored, mirror_missing, stands
 from lora_lab.registry import WrongInput
 from lora_lab.store import Store, Tables
 from lora_lab.trackers import resolved
 
 if TYPE_CHECKING:
+    from lora_lab.mirroring import Mirrored
     from lora_lab.weights import Add
 
 
@@ -29,6 +29,8 @@ def enter(add: Add) -> None:
 
 def sync(given: argparse.Namespace) -> int:
     """Mirror what is missing: online with WANDB_API_KEY, else as offline files."""
+    from lora_lab.mirroring import Mirrored, mirror_missing
+
     store = Store(folder_of(given))
     tables = Tables(store)
     for run_id in given.ids:
@@ -58,6 +60,8 @@ def sync(given: argparse.Namespace) -> int:
 
 def _reports(store: Store, tables: Tables, mode: Tracker) -> Mirrored:
     """Mirror the report of each sweep whose runs have changed since."""
+    from lora_lab.mirroring import Mirrored
+
     done = Mirrored()
     members: dict[str, list[str]] = {}
     for run_id, names in tables.sweeps.items():
@@ -70,6 +74,8 @@ def _reports(store: Store, tables: Tables, mode: Tracker) -> Mirrored:
 
 
 def _report(store: Store, sweep: str, ids: list[str], mode: Tracker, done: Mirrored) -> None:
+    from lora_lab.mirroring import stands
+
     name = f"report-{sweep}"
     # A run's mark changes with its tables; one that failed or is in work has none.
     states = [str(store.read_mark(run_id).get("digest")) for run_id in ids]
