@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_lab import browsing, weights
+from lora_lab import browsing, syncing, weights
 from lora_lab.display import console
 from lora_lab.policies import MARGIN
 from lora_lab.registry import WrongInput, did_you_mean
@@ -80,6 +80,7 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     add("pack", "write finished runs' tables to results/ledger", pack_runs)
     browsing.enter(add)
     add("report", "write results/report.html", report)
+    syncing.enter(add)
     weights.enter(add)
     one = add("claims", "decide claims about LoRA: run what is missing, verdict, figure", claims)
     one.add_argument("words", nargs="*", metavar="ID", help="such as A1 C4 (none: all); host.KEY=…")

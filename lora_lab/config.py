@@ -256,7 +256,7 @@ class Host:
     device : str
         `auto`, `cpu`, `cuda`, `mps` …, as accelerate names them.
     tracker : Tracker
-        W&B mode.
+        W&B mode, see `trackers.resolved`.
     keep : Keep
         What is kept of a full update: `all`, or the leading `keep_k` directions with the exact
         spectrum. Low-rank updates are always kept whole.

@@ -29,9 +29,11 @@ from threadpoolctl import threadpool_limits
 from lora_lab.config import Host, Keep, RunConfig, changed_default
 from lora_lab.hydra_bridge import Planned
 from lora_lab.measuring import SOON, measure_missing
+from lora_lab.mirroring import mirror_after
 from lora_lab.orphans import POLL, leave_with
 from lora_lab.registry import WrongInput
 from lora_lab.store import Busy, RunDir, Store, StoreError
+from lora_lab.trackers import open_mirror
 
 PRELOAD = [
     "lora_lab.orphans",
@@ -42,7 +44,6 @@ PRELOAD = [
     "lora_lab.adapters.full",
     "lora_lab.adapters.head",
     "lora_lab.data.rotten_tomatoes",
-    "lora_lab.trackers.wandb",
     "transformers.models.bert.modeling_bert",
     "torch._dynamo",  # every optimizer imports it when it is made
 ]
@@ -139,13 +140,14 @@ def attempt(
 ) -> str:
     """Execute a locked run and record a failure in its folder; returns its status."""
     from lora_lab.execution import execute
-    from lora_lab.trackers import open_mirror
 
     mirror = open_mirror(host.tracker, config, run.run_id, sweep, store.root)
     began = time.time()
 
-    def on_step(step: int, steps: int, values: dict[str, float]) -> None:
-        mirror.log(step, values)
+    def on_step(
+        step: int, steps: int, values: dict[str, float], traces: list[tuple[int, str, str, float]]
+    ) -> None:
+        mirror.follow(traces)
         state = {"step": step, "steps": steps, "began": began, "now": time.time(), **values}
         run.write_progress(state)
 
@@ -225,6 +227,8 @@ def run_here(one: Planned, host: Host) -> str:
             if not run.done:
                 with _logged(run):
                     status[each.run_id] = attempt(each.config, own, store, run, source_state(), "")
+    if int(os.environ.get("RANK", "0")) == 0:
+        mirror_after(store, host.tracker, [one.run_id, *status])
     return status.get(one.run_id) or finished_status(store, one.run_id)
 
 
@@ -401,6 +405,7 @@ def sweep(
         elif one.run_id not in summary.status:
             _end(summary, watcher, one, "interrupted", "a run that it starts from has no result")
     measure_missing(store, SOON)
+    mirror_after(store, host.tracker, summary.status)
     return summary
 
 

@@ -8,7 +8,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -36,9 +36,7 @@ from lora_lab.measuring import (
 from lora_lab.preparation import Setup, Trained, prepare
 from lora_lab.registry import WrongInput
 from lora_lab.store import RunDir, Store, Work
-from lora_lab.training import Diverged, Trainer
-
-OnStep = Callable[[int, int, dict[str, float]], None]
+from lora_lab.training import Diverged, OnStep, Trainer
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from lora_lab.preparation import Setup
 from lora_lab.probes import PROBES, History, Moment, copies
 from lora_lab.store import Work
 
+OnStep = Callable[[int, int, dict[str, float], list[tuple[int, str, str, float]]], None]
+"""Told of a step as a run goes on, see `Trainer`."""
+
 
 class Diverged(ArithmeticError):
     """NaN or Inf appeared; the message says where and at which step."""
@@ -58,8 +61,9 @@ class Trainer:
     work : Work
         Where checkpoints and snapshots of the run in work are kept.
     host : Host
-    on_step : callable of (step, steps, values)
-        Told the loss and rate of traced steps, and scores: the mirror and the progress display.
+    on_step : callable of (step, steps, values, traces)
+        Told the loss and rate of traced steps, scores, and all trace rows so far: the progress
+        display and the mirror.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class Trainer:
         setup: Setup,
         work: Work,
         host: Host,
-        on_step: Callable[[int, int, dict[str, float]], None],
+        on_step: OnStep,
     ) -> None:
         self.setup, self.work, self.host, self.on_step = setup, work, host, on_step
         self.cfg = setup.config.train
@@ -203,7 +207,7 @@ class Trainer:
         if due:
             self._probe(moment, due, gradients=False)
         if "traced" in due:
-            self.on_step(step, self.setup.steps, {"loss": float(loss), "lr": rate})
+            self._tell({"loss": float(loss), "lr": rate})
 
     def _probe(self, moment: Moment, due: set[str], gradients: bool) -> None:
         """Take the probes of this side of the step that are due."""
@@ -239,11 +243,11 @@ class Trainer:
     def _validate(self) -> None:
         found = self.validation = evaluate(self.setup.model, self.setup.splits["validation"])
         self._record({"validation_score": {"": found.score}, "validation_loss": {"": found.loss}})
-        self.on_step(
-            self.progress.step,
-            self.setup.steps,
-            {"validation_score": found.score, "validation_loss": found.loss},
-        )
+        self._tell({"validation_score": found.score, "validation_loss": found.loss})
+
+    def _tell(self, values: dict[str, float]) -> None:
+        done = self.progress
+        self.on_step(done.step, self.setup.steps, values, done.traces)
 
     def _snapshot(self) -> None:
         """Keep dW_t for the analysis after training; decomposing it now would slow training."""

@@ -23,11 +23,11 @@ FLOORS = {
     " where",
     2: "measures nulls probes inits scalings models data figures trackers store checkpoints batches"
     " injection causal",
-    3: "adapters analysis measuring tasks comparison replication policies standing",
+    3: "adapters analysis measuring tasks comparison replication policies standing mirroring",
     4: "material preparation training evaluation execution hydra_bridge outside convert"
     " composition",
     5: "engine report dashboard",
-    6: "cli claims deciding suggesting weights display progress browsing doctor",
+    6: "cli claims deciding suggesting weights display progress browsing doctor syncing",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
@@ -35,6 +35,7 @@ HOMES = {
     "hydra": ("lora_lab/hydra_bridge.py", "experiments/", "hydra_plugins/"),
     "omegaconf": ("lora_lab/hydra_bridge.py", "experiments/", "hydra_plugins/"),
     "wandb": ("lora_lab/trackers/",),
+    "PIL": ("lora_lab/trackers/",),
     "seaborn": ("lora_lab/figures/",),
     "matplotlib": ("lora_lab/figures/",),
     "transformers": ("lora_lab/models/", "experiments/"),

@@ -22,7 +22,7 @@ from lora_lab.engine import Summary, Watcher, in_order, left, run_here
 from lora_lab.hydra_bridge import Planned, plan
 from lora_lab.registry import WrongInput
 from lora_lab.store import Store, load, pack
-from lora_lab.trackers import Mirror, open_mirror
+from lora_lab.trackers import Mirror, open_mirror, resolved
 
 LORA = "adapter=lora adapter.r=2"
 
@@ -437,19 +437,27 @@ class Nuisance:
 class LaterNuisance:
     """A client that fails once the run is under way."""
 
+    starting_step = 0
+
+    def define_metric(self, *_: Any, **__: Any) -> None: ...
+
     def log(self, *_: Any, **__: Any) -> None:
         raise ConnectionError("the line is cut")
 
 
 @pytest.mark.parametrize("client", [Nuisance, lambda **_: LaterNuisance()])
 def test_a_client_that_raises_never_fails_a_run(
-    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("wandb.init", client)
-    assert mirrored(tmp_path / "results", "offline") == "done"
+    assert mirrored(tmp_path / "results", "online") == "done"
     [run_id] = stamps(tmp_path / "results")
     log = Store(tmp_path / "results").run(run_id).log.read_text()
     assert "the run goes on without it" in log
+    assert "1 left to `lora-lab sync`" in capsys.readouterr().err
 
 
 def test_a_client_that_does_not_come_to_its_end_is_left_behind(
@@ -457,6 +465,9 @@ def test_a_client_that_does_not_come_to_its_end_is_left_behind(
 ) -> None:
     class Endless:
         summary: dict[str, Any] = {}  # noqa: RUF012
+        starting_step = 0
+
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
 
         def log(self, *_: Any, **__: Any) -> None: ...
 
@@ -466,7 +477,7 @@ def test_a_client_that_does_not_come_to_its_end_is_left_behind(
     monkeypatch.setattr("wandb.init", lambda **_: Endless())
     monkeypatch.setattr("lora_lab.trackers.wandb.PATIENCE", 0.1)
     began = time.monotonic()
-    assert mirrored(tmp_path / "results", "offline") == "done"
+    assert mirrored(tmp_path / "results", "online") == "done"
     assert time.monotonic() - began < 15
 
 
@@ -474,13 +485,14 @@ def test_a_client_that_cannot_be_imported_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lora_lab.trackers.wandb", None)
-    assert type(open_mirror(Tracker.offline, RunConfig(), "0" * 12, "", tmp_path)) is Mirror
+    assert type(open_mirror(Tracker.online, RunConfig(), "0" * 12, "", tmp_path)) is Mirror
 
 
 def test_without_a_key_the_default_tracker_makes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.chdir(tmp_path)
     assert mirrored(tmp_path / "results", "auto") == "done"
     assert not list(tmp_path.rglob("wandb"))
@@ -493,6 +505,10 @@ def test_with_a_key_the_default_tracker_is_online(
 
     asked = []
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setattr(lora_lab.trackers.wandb, "WandbMirror", lambda mode, *_: asked.append(mode))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(lora_lab.trackers.wandb, "WandbMirror", lambda *_: asked.append("online"))
     open_mirror(Tracker.auto, RunConfig(), "0" * 12, "", tmp_path)
     assert asked == ["online"]
+    monkeypatch.setenv("WANDB_MODE", "offline")  # the client's own switch
+    assert resolved(Tracker.auto) is Tracker.offline
+    assert resolved(Tracker.online) is Tracker.online

@@ -67,7 +67,7 @@ def train(method: str, folder: Path, stop: int | None = None) -> Outcome:
     """Train from what the folder holds, up to a step or to the end."""
     folder.mkdir(exist_ok=True)
 
-    def on_step(step: int, steps: int, values: dict[str, float]) -> None:
+    def on_step(step: int, steps: int, *_: Any) -> None:
         assert steps == STEPS
         if step == stop:
             raise Stopped
@@ -188,7 +188,7 @@ def run_to(results: Path, method: str, stop: int | None = None) -> str:
     run = store.run(one.run_id)
     host = dataclasses.replace(HOST, results=str(results))
 
-    def on_step(step: int, steps: int, values: dict[str, float]) -> None:
+    def on_step(step: int, *_: Any) -> None:
         if step == stop:
             raise Stopped
 

@@ -17,6 +17,7 @@ from lora_lab.store.files import Corrupt, StoreError
 
 DONE, LOCK, LOG, WORK, SUMS = "DONE", "lock", "log.txt", "work", "checksums.json"
 CONFIG, PROVENANCE, METRICS, ERROR = "config.json", "provenance.json", "metrics.json", "error.json"
+ADAPTER = "adapter_config.json"
 MEASURES, MANIFEST = "measures.parquet", "measures.json"
 NOT_TRAINING = {DONE, LOCK, LOG, SUMS, ERROR, MEASURES, MANIFEST}
 """Files without an entry in the checksums: made around the training or after it."""
@@ -189,6 +190,11 @@ class Contents:
         """
         path = self.path / f"{name}.safetensors"
         return files.decode_tensors(self._checked(path), path)
+
+    def weights(self) -> list[Path]:
+        """Files of what was trained, as far as there are any: the update and the head."""
+        names = (ADAPTER, *(f"{name}.safetensors" for name in ("adapter_model", "update", "head")))
+        return [self.path / name for name in names if (self.path / name).exists()]
 
     def _add_measures(self, rows: pd.DataFrame, names: list[str]) -> None:
         try:

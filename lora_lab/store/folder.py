@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ class Store:
                 "--results DIR chooses another."
             )
         files.make_folder(self.root)
-        for name in ("runs", "sweeps", "ledger", "cache", "trash"):
+        for name in ("runs", "sweeps", "ledger", "cache", "trash", "wandb"):
             self._inside(self.root / name)
 
     def _inside(self, path: Path) -> Path:
@@ -224,6 +226,43 @@ class Store:
                 value = files.decode_json(files.read_bytes(path), path)
                 out[path.stem] = [str(run_id) for run_id in value.get("runs", [])]
         return out
+
+    # ---- marks of what a tracker has ---------------------------------------------------------
+
+    @property
+    def _marks(self) -> Path:
+        return self.root / "wandb" / "mirrored"
+
+    @contextmanager
+    def mirroring(self) -> Iterator[None]:
+        """Hold the marks; waits for who holds them."""
+        files.make_folder(self._marks)
+        with files.explained(self._marks), open(self._marks / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def undisturbed(self, run_id: str) -> AbstractContextManager[object]:
+        """Hold a run, if it has a folder.
+
+        Raises
+        ------
+        Busy
+            When another process holds it.
+        """
+        run = self.run(run_id)
+        return run.lock() if run.path.exists() else nullcontext()
+
+    def read_mark(self, name: str) -> dict[str, Any]:
+        """What `write_mark` kept last; empty when there is nothing, or it is unreadable."""
+        path = self._marks / f"{name}.json"
+        try:
+            return files.decode_json(files.read_bytes(path), path)
+        except Corrupt:
+            return {}
+
+    def write_mark(self, name: str, mark: Mapping[str, Any]) -> None:
+        """Note what a tracker has whole of a run (or page)."""
+        files.write_bytes(self._marks / f"{name}.json", files.encode_json(mark))
 
     # ---- the packed ledger -----------------------------------------------------------------
 
