@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 
+from lora_lab.registry import StoreError
 from lora_lab.schema import ADDED
 
 TEMPORARY = ".tmp-"
@@ -36,10 +37,6 @@ PANDAS = {pa.string(): pd.StringDtype()}
 
 MEASURED = ("value", "sigma")
 """Columns of measured numbers, nearly all different; the others have few distinct values."""
-
-
-class StoreError(RuntimeError):
-    """The results folder cannot be used as asked. One line: where, why, what to do."""
 
 
 class Corrupt(StoreError):
