@@ -62,7 +62,7 @@ HOMES = {
     "peft": ("lora_lab/injection.py", "experiments/"),
     "gguf": ("lora_lab/checkpoints/",),
     "argcomplete": ("lora_lab/cli.py",),
-    "docstring_parser": ("lora_lab/fields.py", "experiments/docs.py"),
+    "docstring_parser": ("lora_lab/fields.py", "experiments/markdown.py"),
     "torch": (
         *("lora_lab/models/", "lora_lab/inits/", "lora_lab/probes/", "lora_lab/adapters/"),
         *("lora_lab/training.py", "lora_lab/preparation.py", "lora_lab/material.py"),
