@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import peft
 import pytest
 import tiny
 import torch
+import yaml
 from transformers import AutoModel
 
 from experiments.docs import PAGES, written
@@ -268,3 +270,13 @@ def test_no_paragraph_stands_on_two_pages() -> None:
             if len(words) > 80:
                 assert words not in seen, (page, seen[words])
                 seen[words] = page
+
+
+def test_the_citation_and_the_workflow_say_what_the_project_says() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert {"cff-version", "title", "message", "authors"} <= set(citation)
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert any(step.get("run", "").startswith("make test") for step in job["steps"])
