@@ -133,7 +133,9 @@ def test_a_newcomer_sees_spectra_after_at_most_eight_commands(here: Path) -> Non
     page = [str(folder) if "*" in word else word for word in analyze]
     assert cli.main(page[1:]) == 0
     assert look[:3] == ["python", "-m", "webbrowser"]
-    assert "effective_rank" in (here / look[3]).read_text()
+    text = (here / look[3]).read_text()
+    assert "effective rank" in text
+    assert "attention.self.query" in text
 
 
 def test_own_data_and_an_own_model_train_by_the_commands_given(here: Path) -> None:
