@@ -32,6 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt embedded.txt
 	"$(BIN)/pip" install -qq -c constraints.txt torch==2.13.0
 	"$(BIN)/pip" install -qq -c constraints.txt -e .
 	"$(BIN)/pip" install -qq --no-deps -r embedded.txt
+	"$(BIN)/lora-lab" help >/dev/null  # so that the first Tab need not wait
 	@touch "$@"
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -1,4 +1,5 @@
-"""Write the README's table of methods from the registry, from checks on MiniLM and from the tests.
+"""Write the table of methods in docs/reference.md, from the registry, from checks on MiniLM and
+from the tests.
 
 python -m experiments.methods
 """
@@ -119,5 +120,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
+    path = ROOT / "docs" / "reference.md"
     path.write_text(replaced(path.read_text(), BLOCK, table()))

@@ -10,7 +10,8 @@ import hydra
 from omegaconf import DictConfig
 
 from lora_lab.engine import run_here
-from lora_lab.hydra_bridge import conf_folder, planned_of, register_all
+from lora_lab.hydra_bridge import planned_of, register_all
+from lora_lab.registry import conf_folder
 
 register_all()
 

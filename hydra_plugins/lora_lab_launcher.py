@@ -23,7 +23,7 @@ class LoraLabLauncher(Launcher):
     ) -> list[JobReturn]:
         """Do the batch; a job that has no result is returned as failed."""
         # Hydra imports every plugin at start; what is heavy waits until it is used.
-        from lora_lab.cli import console
+        from lora_lab.display import console
         from lora_lab.engine import sweep
         from lora_lab.hydra_bridge import planned_of
         from lora_lab.progress import Display, show

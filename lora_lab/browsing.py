@@ -10,15 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from lora_lab import schema
 from lora_lab.config import Host, flat, literal_path
-from lora_lab.display import amount, console, counted, duration, folder_size
 from lora_lab.registry import WrongInput
-from lora_lab.store import Busy, Store, Tables, load
 
 if TYPE_CHECKING:
+    from lora_lab.store import Store, Tables
     from lora_lab.weights import Add
 
 OK, FAILED = 0, 1
@@ -68,6 +65,8 @@ def folder_of(given: argparse.Namespace) -> Path:
 
 def status(given: argparse.Namespace) -> int:
     """Counts by status, what runs, and what went wrong."""
+    from lora_lab.store import Store
+
     store = Store(folder_of(given))
     if given.name is not None and given.name not in store.sweeps():
         names = ", ".join(store.sweeps()) or "none yet"
@@ -84,7 +83,9 @@ def status(given: argparse.Namespace) -> int:
 
 def look(store: Store, sweep: str) -> tuple[list[str], bool]:
     """Lines on where the folder stands, and whether anything runs."""
+    from lora_lab.display import duration
     from lora_lab.standing import ORDER, seconds_left, standing
+    from lora_lab.store import Tables
 
     table = standing(Tables(store), sweep)
     counts = table["status"].value_counts()
@@ -112,8 +113,9 @@ def look(store: Store, sweep: str) -> tuple[list[str], bool]:
 
 def runs(given: argparse.Namespace) -> int:
     """The table of runs, chosen and sorted."""
-    from lora_lab.display import runs_table
+    from lora_lab.display import console, runs_table
     from lora_lab.registry import unknown
+    from lora_lab.store import load
     from lora_lab.where import where
 
     found = load(folder_of(given)).runs
@@ -159,7 +161,8 @@ def dashboard(given: argparse.Namespace) -> int:
 
 def diff(given: argparse.Namespace) -> int:
     """Fields of two runs that differ."""
-    from lora_lab.display import difference_table
+    from lora_lab.display import console, difference_table
+    from lora_lab.store import Store, Tables
 
     store = Store(folder_of(given))
     tables = Tables(store, given.ids)
@@ -185,6 +188,8 @@ def differences(tables: Tables, one: str, other: str) -> Iterator[tuple[str, str
 
 
 def _text(value: Any) -> str:
+    import pandas as pd
+
     if pd.isna(value):
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -195,6 +200,9 @@ def _text(value: Any) -> str:
 
 def remove(given: argparse.Namespace) -> int:
     """Move runs to the trash, once the user agrees."""
+    from lora_lab.display import amount, counted, folder_size
+    from lora_lab.store import Busy, Store
+
     store = Store(folder_of(given))
     ids = list(dict.fromkeys(given.ids))
     for run_id in ids:

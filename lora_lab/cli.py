@@ -1,4 +1,7 @@
-"""The command line: `lora-lab COMMAND`. Wrong input is one line and exit status 2."""
+"""The command line: `lora-lab COMMAND`. Wrong input is one line and exit status 2.
+
+What a command works with is imported where it works: completing a word must not wait for pandas.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_lab import browsing, syncing, weights
-from lora_lab.display import console
+from lora_lab import browsing, helping, syncing, weights
 from lora_lab.policies import MARGIN
-from lora_lab.registry import WrongInput, did_you_mean
-from lora_lab.store import Store, StoreError, load, pack
+from lora_lab.registry import StoreError, WrongInput, did_you_mean
 
 if TYPE_CHECKING:
     from lora_lab.config import Host
@@ -33,11 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of `lora-lab` and those of its commands, by name."""
-    top = Parser(
-        prog="lora-lab",
-        description="What does fine-tuning do to a weight, and how much rank does it need?",
-        allow_abbrev=False,
-    )
+    top = Parser(prog="lora-lab", allow_abbrev=False)
     adder = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
     commands: dict[str, Parser] = {}
 
@@ -50,12 +47,11 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         return one
 
     def overrides(one: Parser) -> None:
-        one.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key=value",
-            help="for example adapter=lora adapter.r=1,2,4 seed=0,1,2 size=demo",
+        about = (
+            "for example adapter=lora adapter.r=1,2,4 seed=0,1,2 size=demo; `lora-lab help`: all"
         )
+        word = one.add_argument("overrides", nargs="*", metavar="key=value", help=about)
+        helping.completes(word, helping.complete_override)
 
     overrides(add("demo", "the embedded sweep, its analysis and report", demo))
     overrides(add("train", "one run (or a few: key=1,2,3)", train))
@@ -64,11 +60,13 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         ("plan", "what a sweep would run: count, time, disk, memory", plan),
     ):
         one = add(name, about, run)
-        one.add_argument("name", metavar="NAME", nargs="?", help="a file of conf/sweep")
+        word = one.add_argument("name", metavar="NAME", nargs="?", help="a file of conf/sweep")
+        helping.completes(word, helping.complete_sweep)
         overrides(one)
     one = add("suggest-rank", "the r that LoRA needs for your model and data, and why", suggest)
     about = "the model and data to probe, or ids of finished full runs"
-    one.add_argument("words", nargs="*", metavar="key=value|RUN", help=about)
+    word = one.add_argument("words", nargs="*", metavar="key=value|RUN", help=about)
+    helping.completes(word, helping.complete_override)
     one.add_argument("--base", metavar="DIR", help="instead: folder of a base model, and")
     one.add_argument("--tuned", metavar="DIR", help="of the model that was tuned from it")
     about = f"score that a truncation, and LoRA, may lose (default: {MARGIN:g})"
@@ -87,6 +85,7 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     about = "paper (default): what is committed; smoke: seconds, says nothing about a claim"
     one.add_argument("--size", metavar="SIZE", default="paper", help=about)
     one.add_argument("--list", action="store_true", help="what is decided, and what is left to run")
+    helping.enter(add)
     return top, commands
 
 
@@ -95,8 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         top, commands = parser()
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            argcomplete.autocomplete(top, always_complete_options=False)
         if not argv or argv[0] in ("-h", "--help"):
-            top.print_help()
+            print(helping.page(commands), end="")
             return OK
         word = argv[0]
         if word not in commands:
@@ -147,6 +150,7 @@ def _planned(name: str | None, words: list[str]) -> tuple[list[Planned], Host]:
 def _run(name: str, planned: list[Planned], host: Host) -> int:
     """Sweep, with a display, and end with the table of its runs."""
     from lora_lab import engine
+    from lora_lab.display import console
     from lora_lab.progress import Display, show
 
     screen = console()
@@ -185,7 +189,7 @@ def demo(given: argparse.Namespace) -> int:
 
 def plan(given: argparse.Namespace) -> int:
     """Show what a preset would run."""
-    from lora_lab.display import plan_table
+    from lora_lab.display import console, plan_table
 
     planned, host = _planned(given.name, host_overrides(given))
     console().print(plan_table(given.name, planned, host))
@@ -204,8 +208,9 @@ def claims(given: argparse.Namespace) -> int:
 def suggest(given: argparse.Namespace) -> int:
     """Suggest a rank, and on request prove it."""
     from lora_lab import suggesting
-    from lora_lab.display import heard, notes, policy_table
+    from lora_lab.display import console, heard, notes, policy_table
     from lora_lab.progress import Display
+    from lora_lab.store import Store
 
     ids = [word for word in given.words if "=" not in word]
     given.overrides = [word for word in given.words if "=" in word]
@@ -246,6 +251,7 @@ def measure(given: argparse.Namespace) -> int:
     from lora_lab.display import counted
     from lora_lab.measuring import measure_missing
     from lora_lab.replication import replicate_missing, seed_measures
+    from lora_lab.store import Store
 
     store = Store(browsing.folder_of(given))
     done = measure_missing(store)
@@ -263,6 +269,8 @@ def measure(given: argparse.Namespace) -> int:
 
 def pack_runs(given: argparse.Namespace) -> int:
     """Write the ledger."""
+    from lora_lab.store import Store, pack
+
     for path in pack(Store(browsing.folder_of(given))):
         print(f"{path} ({path.stat().st_size / 1e3:.1f} kB)")
     return OK
@@ -276,6 +284,7 @@ def report(given: argparse.Namespace) -> int:
 
 def _report(results: Path) -> None:
     from lora_lab.report import write
+    from lora_lab.store import load
 
     print(f"report: {write(load(results), results / 'report.html').resolve()}")
 

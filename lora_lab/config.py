@@ -139,7 +139,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Base of every `adapters/NAME.py` config."""
+    """Base of every `adapters/NAME.py` config.
+
+    Attributes
+    ----------
+    targets : str
+        Of methods that change layers: which ones. A word (`attention`, `qv`, `qk`, `qkvo`, `mlp`,
+        `all`), words or names of layers joined by `+` (a name is its last dotted parts, such as
+        `output.dense`), or a regular expression for whole names.
+    """
 
     rate: ClassVar[float] = 1.0
     """Default learning rate as a multiple of the model's full fine-tuning rate."""
@@ -306,6 +314,8 @@ class RunConfig:
     data : data.DataSet
     adapter : adapters.Method
         Their classes are chosen by name and live on higher floors, hence `Any`.
+    seed : int
+        Of all that is random in training: first factors, order of the examples, dropout.
     """
 
     model: Any = field(default_factory=ModelConfig)

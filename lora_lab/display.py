@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -24,6 +25,7 @@ from lora_lab.policies import overall
 from lora_lab.store import Store, load
 
 if TYPE_CHECKING:
+    from lora_lab.fields import Field
     from lora_lab.hydra_bridge import Planned
     from lora_lab.suggesting import Advice
 
@@ -406,3 +408,19 @@ def alike(runs: pd.DataFrame | None, one: Planned) -> pd.DataFrame:
 def folder_size(folder: Path) -> float:
     """Size of a folder's files, MB."""
     return sum(p.stat().st_size for p in folder.glob("*") if p.is_file()) / 1e6
+
+
+def fields_table(fields: Sequence[Field]) -> Table:
+    """Config fields: key, type and range, default, meaning; what several choices share, once."""
+    owners: dict[Field, list[str]] = {}
+    for field in fields:
+        owner = field.owner.partition("=")[2]
+        owners.setdefault(dataclasses.replace(field, owner=""), []).append(owner)
+    several = len({field.owner for field in fields}) > 1
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("key", "value", "default", "meaning", *["of"] * several):
+        table.add_column(name, no_wrap=name == "key")
+    for field, names in owners.items():
+        words = (field.key, field.value, field.default, field.meaning, ", ".join(names))
+        table.add_row(*map(Text, words[: len(table.columns)]))
+    return table

@@ -40,7 +40,7 @@ from lora_lab.config import (
 )
 from lora_lab.data import DATA
 from lora_lab.models import MODELS, device_type
-from lora_lab.registry import Registry, WrongInput, did_you_mean, unknown
+from lora_lab.registry import Registry, WrongInput, conf_folder, did_you_mean, unknown
 from lora_lab.store import Store
 
 REGISTRIES: dict[str, Registry[Any]] = {"model": MODELS, "data": DATA, "adapter": ADAPTERS}
@@ -92,12 +92,6 @@ class Axis:
 
     key: str
     values: tuple[Any, ...]
-
-
-def conf_folder() -> Path:
-    """`conf` inside the package (a wheel) or beside it (a checkout)."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else inside.parents[1] / "conf"
 
 
 def choices(group: str) -> list[str]:
@@ -277,7 +271,7 @@ def _set(cfg: DictConfig, key: str, value: Any) -> None:
     except OmegaConfBaseException as error:
         parent, _, name = key.rpartition(".")
         owner = OmegaConf.get_type(OmegaConf.select(cfg, parent) if parent else cfg)
-        allowed, words = _expected(get_type_hints(owner)[name])
+        allowed, words = expected(get_type_hints(owner)[name])
         given = str(value).lower() if isinstance(value, bool) else repr(value)
         given = "null" if value is None else given
         raise WrongInput(
@@ -285,13 +279,19 @@ def _set(cfg: DictConfig, key: str, value: Any) -> None:
         ) from error
 
 
-def _expected(kind: Any) -> tuple[str, list[str]]:
-    """A field's type in words, and the words that it allows if they are few."""
+def expected(kind: Any) -> tuple[str, list[str]]:
+    """A field's type in words, and the words that it allows if they are few.
+
+    >>> expected(int | None), expected(bool)
+    (('a whole number or null', []), ('true or false', []))
+    """
     if isinstance(kind, UnionType):
-        found = [_expected(part) for part in get_args(kind)]
+        found = [expected(part) for part in get_args(kind)]
         return " or ".join(text for text, _ in found), [w for _, words in found for w in words]
     if get_origin(kind) is dict:
-        return "a mapping of name patterns to numbers such as {query:4}", []
+        numbers = get_args(kind)[1] is not Any
+        such = "of name patterns to numbers such as {query:4}" if numbers else "such as {r:8}"
+        return f"a mapping {such}", []
     if issubclass(kind, Enum):
         words = [member.name for member in kind]
         return f"one of {', '.join(words)}", words

@@ -7,9 +7,10 @@ is right: claim C4 counts how often each one is.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 POLICIES = {
     "energy": ("energy_rank", 0.95),
@@ -52,10 +53,13 @@ def policy_ranks(measures: pd.DataFrame, policy: str) -> pd.Series:
 
     Examples
     --------
+    >>> import pandas as pd
     >>> rows = {"layer": ["a", "b"], "measure": "stable_rank", "k": math.nan, "side": ""}
     >>> policy_ranks(pd.DataFrame({**rows, "value": [2.3, 0.9]}), "stable_rank").to_dict()
     {'a': 3, 'b': 1}
     """
+    import numpy as np
+
     name, k = POLICIES[policy]
     own = measures[(measures["measure"] == name) & (measures["layer"] != "")]
     if "step" in own:
@@ -69,6 +73,7 @@ def policy_ranks(measures: pd.DataFrame, policy: str) -> pd.Series:
 def overall(ranks: pd.Series) -> int:
     """One r for all layers: the median over them, rounded up.
 
+    >>> import pandas as pd
     >>> overall(pd.Series([1, 2, 5])), overall(pd.Series([2, 3]))
     (2, 3)
     """

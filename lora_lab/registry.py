@@ -10,6 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -17,6 +18,10 @@ T = TypeVar("T")
 
 class WrongInput(ValueError):
     """What a user gave cannot be used. The message is one line: given, allowed, what to do."""
+
+
+class StoreError(RuntimeError):
+    """The results folder cannot be used as asked. One line: where, why, what to do."""
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
@@ -37,6 +42,12 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> WrongInput:
     return WrongInput(
         f"unknown {kind} {given!r}; allowed: {', '.join(allowed)}.{did_you_mean(given, allowed)}"
     )
+
+
+def conf_folder() -> Path:
+    """`conf`, whose files are names too: inside the package (a wheel) or beside it (a checkout)."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else inside.parents[1] / "conf"
 
 
 class Registry(Mapping[str, T], Generic[T]):

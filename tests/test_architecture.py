@@ -26,8 +26,8 @@ FLOORS = {
     3: "adapters analysis measuring tasks comparison replication policies standing mirroring",
     4: "material preparation training evaluation execution hydra_bridge outside convert"
     " composition",
-    5: "engine report dashboard",
-    6: "cli claims deciding suggesting weights display progress browsing doctor syncing",
+    5: "engine report dashboard fields",
+    6: "cli claims deciding suggesting weights display progress browsing doctor helping syncing",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
@@ -62,6 +62,8 @@ HOMES = {
     # Its file format is known in checkpoints/.
     "peft": ("lora_lab/injection.py", "experiments/"),
     "gguf": ("lora_lab/checkpoints/",),
+    "argcomplete": ("lora_lab/cli.py",),
+    "docstring_parser": ("lora_lab/fields.py", "experiments/markdown.py"),
     "torch": (
         *("lora_lab/models/", "lora_lab/inits/", "lora_lab/probes/", "lora_lab/adapters/"),
         *("lora_lab/training.py", "lora_lab/preparation.py", "lora_lab/material.py"),

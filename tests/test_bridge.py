@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import hydra_bridge
+from lora_lab import hydra_bridge, registry
 from lora_lab.config import Keep
-from lora_lab.hydra_bridge import MOST, Planned, choices, conf_folder, parse, plan, preset
-from lora_lab.registry import WrongInput
+from lora_lab.hydra_bridge import MOST, Planned, choices, parse, plan, preset
+from lora_lab.registry import WrongInput, conf_folder
 from lora_lab.store import Store
 
 PLANTED = ["model=planted", "data=planted"]
@@ -103,7 +103,7 @@ def test_conf_is_beside_the_package_of_a_checkout_and_inside_that_of_a_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "lora_lab"
-    monkeypatch.setattr(hydra_bridge, "__file__", str(package / "hydra_bridge.py"))
+    monkeypatch.setattr(registry, "__file__", str(package / "registry.py"))
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "config.yaml").touch()
     assert conf_folder() == tmp_path / "conf"

@@ -125,7 +125,7 @@ class Adaptive(Method):
     scaling : str
         How s follows from α and r: a file of lora_lab/scalings whose s does not train, as λ does.
     targets : str
-        Layers that change, see lora_lab.targets.
+        As of `AdapterConfig`.
     begin, end : float
         Shares of the training between which the budget falls; after `end` it is fixed.
     every : int

@@ -42,7 +42,7 @@ class Full(Method):
     Attributes
     ----------
     targets : str
-        Layers that change, see lora_lab.targets.
+        As of `AdapterConfig`.
     """
 
     targets: str = "all"

@@ -149,11 +149,11 @@ class Intrinsic(Method):
     Attributes
     ----------
     d : int
-        Its dimension: the only parameters that train.
+        Dimension of the random subspace: the only parameters that train.
     projection : Projection
         `dense` holds entries × d numbers, for small models; `fastfood` few times the entries.
     targets : str
-        Layers that change, see lora_lab.targets.
+        As of `AdapterConfig`.
     """
 
     d: int = 1024

@@ -181,7 +181,7 @@ class LoRA(Method):
         For init=reference: run_id (or an override line, which becomes one) of a finished run whose
         update the factors start from.
     targets : str
-        Layers that change, see lora_lab.targets.
+        As of `AdapterConfig`.
     dropout : float
         Dropout of the input of A, in [0, 1).
     r_pattern, alpha_pattern : dict

@@ -111,7 +111,7 @@ class Peft(Method):
         `peft_type` and further keys of that type's PEFT config, such as
         ``{peft_type:LORA,r:8,use_dora:true}`` or ``{peft_type:ADALORA,init_r:12,target_r:4}``.
     targets : str
-        Layers that change, see lora_lab.targets.
+        As of `AdapterConfig`.
     """
 
     config: dict[str, Any] = field(default_factory=lambda: {"peft_type": "LORA"})

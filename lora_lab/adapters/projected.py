@@ -50,7 +50,7 @@ class Projected(Full):
     Attributes
     ----------
     targets : str
-        Layers that change, see lora_lab.targets.
+        As of `AdapterConfig`.
     r : int
         Rank of the update after a projection, in [1, min(out, in)] of every target layer.
     every : int

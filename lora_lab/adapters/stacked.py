@@ -82,7 +82,7 @@ class Stacked(LoRA):
     alpha, scaling, init, targets, dropout, r_pattern, alpha_pattern, lr_ratio, freeze_a
         As of LoRA, for every block; `init` one that draws at random; a learned s is one a block.
     blocks : int
-        How many.
+        How many low-rank updates each weight has.
     order : Order
         `together`, or `one_after_another`: each block trains for its share of the steps while the
         others rest, with moments and bias correction of its own; the rate follows the run's

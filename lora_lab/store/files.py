@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 
+from lora_lab.registry import StoreError
 from lora_lab.schema import ADDED
 
 TEMPORARY = ".tmp-"
@@ -39,10 +40,6 @@ MEASURED = ("value", "sigma", "null", "null_low", "null_high")
 
 KEPT_BITS = 17
 """Of a measured number's 53 in a packed table: five digits, a quarter of the size."""
-
-
-class StoreError(RuntimeError):
-    """The results folder cannot be used as asked. One line: where, why, what to do."""
 
 
 class Corrupt(StoreError):
