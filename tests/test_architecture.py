@@ -61,6 +61,8 @@ HOMES = {
     # Its file format is known in checkpoints/.
     "peft": ("lora_lab/injection.py", "experiments/"),
     "gguf": ("lora_lab/checkpoints/",),
+    "nbformat": ("experiments/notebooks/",),
+    "nbclient": ("experiments/notebooks/",),
     "torch": (
         *("lora_lab/models/", "lora_lab/inits/", "lora_lab/probes/", "lora_lab/adapters/"),
         *("lora_lab/training.py", "lora_lab/preparation.py", "lora_lab/material.py"),
