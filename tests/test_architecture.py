@@ -64,6 +64,8 @@ HOMES = {
     "gguf": ("lora_lab/checkpoints/",),
     "argcomplete": ("lora_lab/cli.py",),
     "docstring_parser": ("lora_lab/fields.py", "experiments/markdown.py"),
+    "nbformat": ("experiments/notebooks/",),
+    "nbclient": ("experiments/notebooks/",),
     "torch": (
         *("lora_lab/models/", "lora_lab/inits/", "lora_lab/probes/", "lora_lab/adapters/"),
         *("lora_lab/training.py", "lora_lab/preparation.py", "lora_lab/material.py"),

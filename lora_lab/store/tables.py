@@ -20,6 +20,7 @@ from lora_lab.layers import depth_of, module_of
 from lora_lab.store.files import PANDAS, Corrupt, StoreError, rounded
 from lora_lab.store.folder import LEDGER, SCORES, Store
 from lora_lab.store.rundir import Record
+from lora_lab.where import where as rows_where
 
 PLAIN = {"model": "string", "data": "string", "adapter": "string", "seed": "int64"}
 """Undotted config columns of `runs`."""
@@ -51,13 +52,16 @@ PARTS = {name: (name,) for name in COLUMNS} | {"measures": ("measures", "oracle"
 T = TypeVar("T")
 
 
-def load(root: str | Path = "results") -> Tables:
+def load(root: str | Path = "results", where: str | None = None) -> Tables:
     """The tables of a results folder.
 
     Parameters
     ----------
     root : str or Path
         Results folder.
+    where : str, optional
+        Condition on the columns of `runs`, such as ``"adapter = lora and adapter.r >= 8"``; see
+        `lora_lab.where`. None: all runs.
 
     Returns
     -------
@@ -67,9 +71,10 @@ def load(root: str | Path = "results") -> Tables:
     Raises
     ------
     WrongInput
-        When there is no such folder.
+        When there is no such folder, or the condition is none.
     """
-    return Tables(Store(root))
+    tables = Tables(Store(root))
+    return tables if where is None else Tables(tables.store, rows_where(tables.runs, where).run_id)
 
 
 class Tables:
