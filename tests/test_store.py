@@ -671,6 +671,15 @@ def test_tables_have_the_columns_and_types_of_the_schema(store: Store) -> None:
     assert set(found["measures"].measure) == {"stable_rank", "oracle_score"}
 
 
+def test_a_condition_chooses_the_runs_whose_tables_are_read(store: Store) -> None:
+    train(store.run(TWO), r=4, alpha=8.0)
+    train(store.run(ONE))
+    found = load(store.root, where="adapter.r >= 4")
+    assert set(found.runs.run_id) == {TWO} == set(found.measures.run_id)
+    with pytest.raises(WrongInput, match=r"adapter\.r"):
+        load(store.root, where="adapter.rr >= 4")
+
+
 def test_unfinished_and_diverged_runs_are_listed_without_a_score_or_measures(store: Store) -> None:
     train(store.run(ONE))
     train(store.run(TWO), diverged=True)
