@@ -66,7 +66,7 @@ class Mirrored:
 def mirror_missing(
     store: Store, mode: Tracker, only: Collection[str] | None = None, update: bool = False
 ) -> Mirrored:
-    """Mirror the finished runs that are not mirrored whole; waits for another such call.
+    """Mirror the finished runs that are not mirrored whole; two such calls take turns.
 
     Parameters
     ----------

@@ -67,8 +67,8 @@ def _reports(store: Store, tables: Tables, mode: Tracker) -> Mirrored:
     for run_id, names in tables.sweeps.items():
         for name in filter(None, names.split(",")):
             members.setdefault(name, []).append(run_id)
-    with store.mirroring():
-        for sweep, ids in sorted(members.items()):
+    for sweep, ids in sorted(members.items()):
+        with store.mirroring():
             _report(store, sweep, ids, mode, done)
     return done
 

@@ -193,6 +193,18 @@ def test_reports_and_updates_are_attached_when_sync_is_asked(copy: Path) -> None
     assert folders(copy) == before
 
 
+def test_a_run_that_diverged_is_mirrored_as_failed_with_its_traces(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    sweep = call(results, *SWEEP[:-2], "adapter=full", "train.lr=1e30", "host.tracker=offline")
+    assert sweep.wait() == 0, sweep.output.read_text()
+    [kept] = offline(results).values()
+    assert kept.exit == 1
+    assert kept.summary["run/status"] == "diverged"
+    assert "at step" in kept.summary["run/error"]
+    assert "eval/score" not in kept.summary
+    assert [row[STEP] for row in kept.history] == sorted(set(load(results).traces["step"]))
+
+
 # ---- each record exactly once ------------------------------------------------------------------
 
 

@@ -237,9 +237,14 @@ class Store:
     def mirroring(self) -> Iterator[None]:
         """Hold the marks; waits for who holds them."""
         files.make_folder(self._marks)
-        with files.explained(self._marks), open(self._marks / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.explained(self._marks):
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(self._marks / "lock", flags, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(fd)
 
     def undisturbed(self, run_id: str) -> AbstractContextManager[object]:
         """Hold a run, if it has a folder.

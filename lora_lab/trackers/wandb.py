@@ -31,15 +31,10 @@ PATIENCE = 60
 wandb.Table.MAX_ROWS = wandb.Table.MAX_ARTIFACT_ROWS = 10_000_000
 
 
-def project() -> str:
-    """The W&B project: WANDB_PROJECT, or `lora_lab`."""
-    return os.environ.get("WANDB_PROJECT") or "lora_lab"
-
-
 def _open(mode: Tracker, folder: Path, one: About) -> Any:
     """A W&B run; offline ones lie under `<folder>/wandb`."""
     run = wandb.init(
-        project=project(),
+        project=os.environ.get("WANDB_PROJECT") or "lora_lab",
         id=one.run_id,
         name=one.name,
         group=one.group or None,
@@ -102,7 +97,8 @@ class WandbMirror(Mirror):
         self._told = 0
 
         def start() -> None:
-            self.run = _open(Tracker.online, folder, about(run_id, as_dict(config), sweep))
+            with _staging(folder / "wandb", run_id):
+                self.run = _open(Tracker.online, folder, about(run_id, as_dict(config), sweep))
 
         self._try(start)
 
