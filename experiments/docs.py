@@ -53,7 +53,7 @@ def _measure(name: str, m: Measure) -> str:
         facts.append("side: " + ", ".join(f"`{side}`" for side in m.sides))
     facts += {"end": ["of the final update"], "later": ["by `lora-lab measure`"]}.get(m.at, [])
     lines = [f"#### {name}", f"{plain(summary(m.function))} *({'; '.join(facts)})*"]
-    lines += [f"```text\n{formula}\n```", flowing(rest)]
+    lines += ["```text\n" + formula.replace("`", "") + "\n```", flowing(rest)]
     lines += [f"Reference: {plain(reference)}"] if reference else []
     return "\n\n".join(line for line in lines if line)
 

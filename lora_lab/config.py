@@ -180,7 +180,7 @@ class TrainConfig:
     momentum : float
         Of sgd, in [0, 1).
     dropout : float
-        Dropout of the model itself, for **all** methods; 0 by default for a fair comparison.
+        Dropout of the model itself, for all methods; 0 by default for a fair comparison.
     also : str
         Parameters outside the targets that train, the same for every method: words among
         `classifier`, `norms`, `biases` (all of them), `target_biases` (those of the changed
