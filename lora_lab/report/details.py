@@ -87,7 +87,7 @@ def _spectra(spectra: pd.DataFrame, layers: list[str], thin: bool) -> tuple[dict
     i = 1 + (spread(most, VALUES, even=False) if thin else np.arange(most))
     rows = spectra[spectra["step"].isin(steps) & spectra["i"].isin(i)]
     rows = rows.rename(columns={"sigma": "value"})
-    by_step = {step: own for step, own in rows.groupby("step")}
+    by_step = dict(list(rows.groupby("step")))
     values = [_grid(by_step[step], "layer", "i", i.tolist(), layers) for step in steps]
     cut = len(steps) < len(every) or len(i) < most
     return {"steps": steps.tolist(), "i": i.tolist(), "sigma": values}, cut

@@ -22,7 +22,7 @@ ENDED = ("done", "diverged", "failed")
 REMEMBERED = 64
 """Answers that are kept."""
 LASTS = 20
-"""Times that words took to be made for which they are told, while runs end: they read all."""
+"""Times that words took to be made for which they are told while runs run: they read all."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Live:
         self._making: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._stamps: dict[str, int] = {}
         self._open: dict[str, str] = {}
-        self._seen = (Tables(store), "")
+        self._seen: tuple[Tables, str] | None = None
         self._records: dict[str, Record] = {}
         self._layers: dict[str, tuple[int | None, dict[str, Any]]] = {}
         self._answers: dict[str, Answer] = {}
@@ -66,7 +66,7 @@ class Live:
             stamps = self.store.stamps()
             same = {i: r for i, r in self._records.items() if stamps.get(i) == self._stamps.get(i)}
             now = {i: self.store.run(i).status() for i in self.store.run_ids() if i not in same}
-            if (stamps, now) != (self._stamps, self._open):
+            if self._seen is None or (stamps, now) != (self._stamps, self._open):
                 tables = Tables(self.store, known=same)
                 own = {i: r for i, r in tables.records.items() if not r.packed}
                 # What changes while it is read is read again: its stamp is older.
@@ -107,7 +107,9 @@ class Live:
         state = _digest([self._stamps.get(i) for i in ids]) if ids else version
         with self._making[name]:
             answer = self._answers.get(name)
-            if answer is None or not answer.holds(state, lasting=kind == "words"):
+            if answer is None or not answer.holds(
+                state, lasting=kind == "words" and "running" in self._open.values()
+            ):
                 began = time.monotonic()
                 with warnings.catch_warnings(action="ignore"):
                     data = parts.encoded(make())

@@ -105,13 +105,14 @@ async function look() {
   if (live && live.textContent !== liveWords()) live.textContent = liveWords();
   if (before && now.version !== before.version) {
     runs = await readRuns(true);
-    await render();
+    // What a reader compares or reads stays as it is.
+    if (["overview", "layers", "run"].includes(state().page)) await render();
   } else if (state().page === "overview") {
     const box = standingBox();
     if (box) document.getElementById("standing")?.replaceWith(box);
   } else if (state().page === "run" && before && now.rows.some((row) => row.run_id === state().argument)) await render();
   // Words read all tables: while runs end they may lag.
-  if (wordsOf && !now.lost && wordsOf !== now.version && !now.counts.running) await readWords();
+  if (wordsOf !== null && !now.lost && wordsOf !== now.version && !now.counts.running) await readWords();
 }
 
 async function start() {

@@ -9,8 +9,9 @@ const COSTS = {
   peak_memory: "peak memory, MB", seconds: "seconds of a run",
 };
 const METHODS = { head: "head only", full: "full fine-tuning", lora: "LoRA" };
-/** Lines that a plot shows at first. */
+/** Lines that a plot shows at first, and runs that it draws as dots. */
 const LINES = 6;
+const DOTS = 1000;
 const method = (name) => METHODS[name] ?? name;
 
 async function overviewPage() {
@@ -39,15 +40,17 @@ function against(field, letter, rows, y) {
     (row.rules || method(row.adapter)).split("|").map((rule) => ({ rule, row }))), ({ rule }) => rule);
   const xs = [...new Set(ranked.map((row) => row[field]))].sort((a, b) => a - b);
   const order = [...lines].sort((a, b) => b[1].length - a[1].length);
+  const every = Math.ceil(ranked.length / DOTS);
   const traces = order.flatMap(([rule, own], i) => {
     const colour = PALETTE[i % PALETTE.length];
     const visible = i < LINES || "legendonly";
     const at = [...groups(own.map(({ row }) => row), (row) => row[field])].sort((a, b) => a[0] - b[0]);
     const means = at.map(([, group]) => meanOf(group.map((row) => row[y])));
+    const dots = own.filter((_, n) => n % every === 0).map(({ row }) => row);
     return [{
-      type: "scatter", mode: "markers", x: own.map(({ row }) => row[field]), y: own.map(({ row }) => row[y]),
-      marker: { color: faint(colour, 0.45), size: 7 }, customdata: own.map(({ row }) => row.run_id),
-      text: own.map(({ row }) => about(row, y)), hoverinfo: "text", showlegend: false, legendgroup: rule, visible,
+      type: "scatter", mode: "markers", x: dots.map((row) => row[field]), y: dots.map((row) => row[y]),
+      marker: { color: faint(colour, 0.45), size: 7 }, customdata: dots.map((row) => row.run_id),
+      text: dots.map((row) => about(row, y)), hoverinfo: "text", showlegend: false, legendgroup: rule, visible,
     }, {
       type: "scatter", mode: "lines+markers", name: plain(rule), legendgroup: rule, visible,
       x: at.map(([x]) => x), y: means.map(({ mean }) => mean), customdata: at.map(([, group]) => group[0].run_id),
@@ -57,7 +60,8 @@ function against(field, letter, rows, y) {
     }];
   });
   const { shapes, annotations } = bands(rows, y);
-  const more = order.length > LINES ? ` The ${LINES} lines with most runs are drawn; the legend adds others.` : "";
+  const more = (order.length > LINES ? ` The ${LINES} lines with most runs are drawn; the legend adds others.` : "")
+    + (every > 1 ? ` Of ${ranked.length} runs one in ${every} is a dot; means hold all.` : "");
   return figure({
     name: `${y}_against_${letter === "r" ? "r" : "alpha"}`, title,
     look: `Look where a line enters the band of full fine-tuning and whether it is flat in ${letter}. Dots are runs; lines are means with 95 % t intervals; click a dot to open its run.${more}`,
@@ -152,9 +156,10 @@ function best(rows) {
     return { adapter, winner, tried: full.length, score: meanOf(winner.map((row) => row.score)) };
   }).sort((a, b) => a.score.mean - b.score.mean);
   const names = found.map(({ adapter }) => plain(method(adapter)));
+  const dots = found.flatMap(({ winner }, i) => winner.slice(0, DOTS / 10).map((row) => ({ row, i })));
   const traces = [{
-    type: "scatter", mode: "markers", y: found.flatMap(({ winner }, i) => winner.map(() => names[i])), x: found.flatMap(({ winner }) => winner.map((row) => row.score)),
-    customdata: found.flatMap(({ winner }) => winner.map((row) => row.run_id)), text: found.flatMap(({ winner }) => winner.map((row) => about(row, "score"))),
+    type: "scatter", mode: "markers", y: dots.map(({ i }) => names[i]), x: dots.map(({ row }) => row.score),
+    customdata: dots.map(({ row }) => row.run_id), text: dots.map(({ row }) => about(row, "score")),
     hoverinfo: "text", marker: { color: faint(PALETTE[0], 0.45), size: 7 }, showlegend: false,
   }, {
     type: "scatter", mode: "markers", y: names, x: found.map(({ score }) => score.mean), customdata: found.map(({ winner }) => winner[0].run_id),

@@ -51,8 +51,10 @@ function themed(layout) {
   };
 }
 
-/** Names of users are text: Plotly would read a few tags in titles. */
-const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", $: "&#36;", "%": "&#37;" };
+
+/** Names of users are text: Plotly would read a few tags, mathematics and templates in titles. */
+const plain = (text) => String(text).replace(/[&<>$%]/g, (letter) => ENTITIES[letter]);
 
 function axisOf(given, common) {
   const title = typeof given.title === "string" ? { text: plain(given.title) } : given.title;
@@ -77,7 +79,7 @@ const seen = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     if (isIntersecting) { seen.unobserve(target); target.draw(); }
   }
-}, { rootMargin: "300px" });
+});
 
 /** A figure. Plotly and the table of data wait until they are looked at.
  *  given: name, title, look (what to look for), traces, layout, columns and rows (its data),
@@ -105,7 +107,7 @@ function figure(given) {
     const size = { width: Math.max(box.clientWidth, 700), height: box.clientHeight, scale: format === "png" ? 2 : 1 };
     const url = await lib.toImage(box, { format, ...size });
     const data = format === "svg" ? decodeURIComponent(url.slice(url.indexOf(",") + 1)) : null;
-    const bytes = data ?? Uint8Array.from(atob(url.slice(url.indexOf(",") + 1)), (c) => c.charCodeAt(0));
+    const bytes = data ?? bytesOf(url.slice(url.indexOf(",") + 1));
     download(`${given.name}.${format}`, bytes, format === "svg" ? "image/svg+xml" : "image/png");
   } }, format.toUpperCase());
   const shown = h("details", { class: "data", toggle: () => {

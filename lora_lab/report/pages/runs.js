@@ -83,7 +83,7 @@ function filterBar(names, now, left) {
     names.length > 1 ? select("model and data", "on", names.map((name) => [name]), now) : null,
     h("label", { class: "field" }, h("span", {}, "search"), search), add,
     chips.length ? h("div", { class: "chips" }, chips) : null,
-    h("p", { class: "small", role: "status" }, `${left.length.toLocaleString("en-US")} of ${runs.rows.length.toLocaleString("en-US")} runs`,
+    h("p", { class: "small", role: "status" }, `${GROUPED.format(left.length)} of ${GROUPED.format(runs.rows.length)} runs`,
       left.length ? ["; ", h("button", { type: "button", class: "plain", click: () =>
         download("runs.csv", csv(runs.fields, left.map((row) => runs.fields.map((name) => row[name]))), "text/csv") }, "all their fields as CSV")] : ""));
 }
@@ -123,7 +123,7 @@ function runTable(rows) {
   return h("section", { id: "runs" }, h("h2", {}, "Runs"),
     h("div", { class: "row" }, compare, addColumn()),
     h("div", { class: "scroll", role: "region", "aria-label": "Runs", tabindex: "0" },
-      h("table", {}, h("caption", {}, `${rows.length.toLocaleString("en-US")} runs`),
+      h("table", {}, h("caption", {}, `${GROUPED.format(rows.length)} runs`),
         h("thead", {}, h("tr", {}, h("td", {}), head)), h("tbody", {}, body))),
     count < rows.length ? h("button", { type: "button", click: () => set({ n: String(count + 10 * SHOWN) }) }, `Show more of ${rows.length}`) : null);
 }
