@@ -23,7 +23,7 @@ from lora_lab.trackers.content import Contents
 if TYPE_CHECKING:
     from pathlib import Path
 
-BATCH = 100
+BATCH = 400
 """Runs whose tables are in memory at once."""
 
 IN_A_ROW = 3

@@ -133,8 +133,8 @@ def test_the_trackers_service_leaves_too_when_its_sweep_is_killed(
     group: bool, tmp_path: Path
 ) -> None:
     results = tmp_path / "results"
-    sweep = start(results, FEW, "host.tracker=offline")
-    until(lambda: [p for p in lingering(sweep.pid, 0) if "wandb" in p])
+    sweep = start(results, 1, "host.tracker=offline")  # it comes when the runs are done
+    until(lambda: [p for p in lingering(sweep.pid, 0) if "wandb" in p], 120)
     sweep.kill(group)
     sweep.wait()
     assert sweep.gone() == []
