@@ -3,18 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# The tests of the pages need a browser, which root can install; without one they say so.
+CHROMIUM = command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+  { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || true
+
 .PHONY: demo test test-all test-faults install install-dev clean python
 
 demo: $(VENV)/.installed
 	@"$(BIN)/lora-lab" demo
 
 test: $(VENV)/.installed-dev
+	@$(CHROMIUM)
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
 	"$(BIN)/python" -m pytest -n 2 -m "not long"
 
 test-all: $(VENV)/.installed-dev
+	@$(CHROMIUM)
 	"$(BIN)/python" -m pytest -n 2
 
 test-faults: $(VENV)/.installed-dev

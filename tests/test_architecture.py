@@ -44,6 +44,7 @@ HOMES = {
     "pebble": ("lora_lab/engine.py",),
     "jinja2": ("lora_lab/report/",),
     "plotly": ("lora_lab/report/",),
+    "playwright": ("experiments/pictures.py",),
     "rich": (
         "lora_lab/weights.py",
         "lora_lab/deciding.py",
@@ -236,8 +237,9 @@ def test_commands_that_only_read_start_without_torch(tmp_path: Path) -> None:
     assert not loaded(code, tmp_path) & (HEAVY | {"matplotlib", "seaborn"})
 
 
-def test_the_report_and_the_figures_need_no_torch() -> None:
-    assert not loaded("import lora_lab.report, lora_lab.figures, lora_lab.checkpoints") & HEAVY
+def test_the_pages_and_the_figures_need_no_torch() -> None:
+    names = "lora_lab.report, lora_lab.dashboard, lora_lab.figures, lora_lab.checkpoints"
+    assert not loaded(f"import {names}") & HEAVY
 
 
 REGISTRIES = {

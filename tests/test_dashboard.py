@@ -15,8 +15,10 @@ import pytest
 from pages import ERROR, TINY, made, served
 
 from lora_lab import engine
+from lora_lab.comparison import compare
 from lora_lab.dashboard import server
 from lora_lab.hydra_bridge import plan
+from lora_lab.measuring import kept
 from lora_lab.registry import WrongInput
 from lora_lab.report import live as living
 from lora_lab.report import page, parts
@@ -193,7 +195,11 @@ def test_two_runs_share_all_with_themselves_and_their_layers_one_by_one(ask: Ask
     one, other = ask.ids[:2]
     pair = ask.part(f"pair/{one}+{other}")
     assert len(pair["value"]) == len(pair["layers"])
-    assert -1 <= pair["whole"]["value"] <= 1
+    updates = {run_id: kept(ask.store.run(run_id))[0] for run_id in (one, other)}
+    compared = compare(updates, ["cosine"])
+    np.testing.assert_allclose(pair["value"], compared["value"][:-1], rtol=1e-3)
+    for name in ("value", "null_low", "null_high"):
+        assert pair["whole"][name] == pytest.approx(compared[name].iloc[-1], rel=1e-4)
     layer = ask.part(f"pair/{one}+{one}+0")
     assert layer["phi"]["left"]["grid"] == [[1, 1], [1, 1]]
     overlap = [row for row in layer["by_k"] if row["measure"] == "subspace_overlap"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from lora_lab.analysis import rows
-from lora_lab.comparison import compare
-from lora_lab.linalg import Update, decompose
+from lora_lab.comparison import whole_rows
+from lora_lab.linalg import Spectrum, Update, decompose
 from lora_lab.linalg.subspace import overlap_grid
 from lora_lab.measures import DIRECTIONS
 from lora_lab.measures.subspace_overlap import SIDES, directions
@@ -47,22 +47,35 @@ def pair_part(store: Store, one: str, other: str, layer: int | None = None) -> d
                 "tables were kept."
             )
     both = [name for name in updates[one] if name in updates[other]]
+    if not both:
+        raise WrongInput(
+            f"runs {one} and {other} have no layer in common: they train other models."
+        )
     head = {"one": one, "other": other, "layers": both}
     if layer is None:
-        return head | _cosines(compare(updates, ["cosine"]), both)
+        return head | _cosines(updates, both)
     if layer >= len(both):
         raise WrongInput(f"the runs share {len(both)} layers; got number {layer}.")
     name = both[layer]
     return head | _directions(name, updates[one][name], updates[other][name])
 
 
-def _cosines(found: pd.DataFrame, layers: list[str]) -> dict[str, Any]:
-    """The cosine of the whole updates and of every layer, with their nulls."""
-    whole = found[found["layer"] == ""].iloc[0]
-    own = found[found["layer"] != ""].set_index("layer").reindex(layers)
+def _cosines(updates: Mapping[str, Mapping[str, Update]], layers: list[str]) -> dict[str, Any]:
+    """The cosine of the whole updates and of every layer, with their nulls; nothing decomposed."""
+    one, other = updates
+    norms = {run_id: {n: u.norm() for n, u in own.items()} for run_id, own in updates.items()}
+    found = []
+    for name in layers:
+        update, pair = updates[one][name], updates[other][name]
+        # Of its spectrum the cosine asks for the shape, and whether it is zero.
+        s = Spectrum.of_values([norms[one][name]], shape=update.shape)
+        [row] = rows(name, s, ["cosine"], update=update, pair_update=pair)
+        found.append(row | {"one": one, "other": other})
+    sizes = {name: math.prod(updates[one][name].shape) for name in layers}
+    [whole] = whole_rows(found, norms, sizes)
     return {
         "whole": {name: numbers([whole[name]])[0] for name in LEVELS},
-        **{name: numbers(own[name], 4) for name in LEVELS},
+        **{name: numbers([row[name] for row in found], 4) for name in LEVELS},
     }
 
 
