@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from lora_lab.browsing import FAILED, OK, folder_of
 from lora_lab.config import Tracker
-from lora_lab.display import counted
 from lora_lab.registry import WrongInput
-from lora_lab.store import Store, Tables
 from lora_lab.trackers import resolved
 
 if TYPE_CHECKING:
     from lora_lab.mirroring import Mirrored
+    from lora_lab.store import Store, Tables
     from lora_lab.weights import Add
 
 
@@ -29,7 +28,9 @@ def enter(add: Add) -> None:
 
 def sync(given: argparse.Namespace) -> int:
     """Mirror what is missing: online with WANDB_API_KEY, else as offline files."""
+    from lora_lab.display import counted
     from lora_lab.mirroring import Mirrored, mirror_missing
+    from lora_lab.store import Store, Tables
 
     store = Store(folder_of(given))
     tables = Tables(store)
@@ -86,6 +87,7 @@ def _report(store: Store, sweep: str, ids: list[str], mode: Tracker, done: Mirro
 
     def act() -> None:
         from lora_lab.report import page, words
+        from lora_lab.store import Tables
         from lora_lab.trackers.wandb import Page, write_page
 
         tables = Tables(store, ids)
