@@ -145,9 +145,12 @@ def runs(given: argparse.Namespace) -> int:
 
 def dashboard(given: argparse.Namespace) -> int:
     """Serve the pages until the user stops it."""
+    from threadpoolctl import threadpool_limits
+
     from lora_lab.dashboard import HOST, server
 
-    with server(Store(folder_of(given)), given.port) as serving:
+    # A sweep may run beside it: threads of one would spin against those of the other.
+    with threadpool_limits(1), server(Store(folder_of(given)), given.port) as serving:
         print(f"dashboard: http://{HOST}:{serving.port} (Ctrl-C ends it)", flush=True)
         try:
             serving.serve_forever()

@@ -48,9 +48,7 @@ def pair_part(store: Store, one: str, other: str, layer: int | None = None) -> d
             )
     both = [name for name in updates[one] if name in updates[other]]
     if not both:
-        raise WrongInput(
-            f"runs {one} and {other} have no layer in common: they train other models."
-        )
+        raise WrongInput(f"runs {one} and {other} share no layer: their models differ.")
     head = {"one": one, "other": other, "layers": both}
     if layer is None:
         return head | _cosines(updates, both)
