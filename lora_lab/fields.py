@@ -215,17 +215,20 @@ def _range(cls: type, field: Any, key: str, hint: Any) -> tuple[str, list[str]]:
 
 
 def _needed(cls: type) -> dict[str, Any]:
-    """A value for each field that has none of its own."""
+    """A value for each field that has none of its own.
+
+    A class that needs a library which is not installed cannot be made: it has no ranges to ask for.
+    """
     out: dict[str, Any] = {}
     while True:
         try:
             cls(**out)
             return out
         except WrongInput as error:
-            key = str(error).partition(" ")[0].rpartition(".")[2]
-            if key in out:
-                raise
-            out[key] = "x"
+            found = re.match(r"\w+\.(\w+) must be ", str(error))
+            if not found or found[1] in out:
+                return out
+            out[found[1]] = "x"
 
 
 def _default(field: Any) -> str:

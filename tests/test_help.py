@@ -15,6 +15,7 @@ from test_architecture import HEAVY
 from lora_lab import cli, fields, helping
 from lora_lab.fields import catalogue
 from lora_lab.hydra_bridge import REGISTRIES, build
+from lora_lab.registry import WrongInput
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,6 +63,17 @@ def test_every_key_that_hydra_accepts_is_known_with_type_and_meaning() -> None:
 def test_a_range_is_what_the_check_itself_says(key: str, owner: str, value: str) -> None:
     (found,) = (f for f in catalogue().fields if (f.key, f.owner) == (key, owner))
     assert found.value == value
+
+
+def test_a_method_whose_library_is_not_installed_is_known_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(config: object) -> None:
+        raise WrongInput("adapter=peft needs the library peft; run: pip install peft.")
+
+    monkeypatch.setattr("lora_lab.injection.checked", absent)
+    keys = {f.key for f in fields.asked().fields if f.owner == "adapter=peft"}
+    assert keys == {"adapter.config", "adapter.targets"}
 
 
 def test_help_of_a_key_shows_type_default_and_meaning_of_each_method(
