@@ -38,8 +38,8 @@ PANDAS = {pa.string(): pd.StringDtype()}
 MEASURED = ("value", "sigma", "null", "null_low", "null_high")
 """Columns of measured numbers, nearly all different; the others have few distinct values."""
 
-KEPT_BITS = 17
-"""Of a measured number's 53 in a packed table: five digits, a quarter of the size."""
+KEPT_BITS = 13
+"""Of a measured number's 53 in a packed table: four digits, a fifth of the size."""
 
 
 class Corrupt(StoreError):
@@ -243,7 +243,7 @@ def encode_table(table: pa.Table) -> bytes:
 
 
 def rounded(table: pa.Table) -> pa.Table:
-    """The table with its measured numbers rounded to `KEPT_BITS`; whole ones to 131,072 stay."""
+    """The table with its measured numbers rounded to `KEPT_BITS`; whole ones to 8,192 stay."""
     for name in MEASURED:
         if name in table.column_names:
             mantissa, exponent = np.frexp(table[name].to_numpy())

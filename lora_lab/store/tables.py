@@ -240,7 +240,7 @@ class Tables:
 def pack(store: Store) -> list[Path]:
     """Write the tables of all finished runs, those packed before too, to `results/ledger`.
 
-    The files are small enough to commit (no weights, measured numbers to five digits) and stand
+    The files are small enough to commit (no weights, measured numbers to four digits) and stand
     for the runs in tables and as done. Packing again changes no byte.
 
     Returns
