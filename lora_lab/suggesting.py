@@ -22,7 +22,7 @@ from lora_lab.config import Host
 from lora_lab.engine import Watcher, sweep
 from lora_lab.evaluation import evaluate, truncated
 from lora_lab.execution import reopened
-from lora_lab.hydra_bridge import config_of, plan
+from lora_lab.hydra_bridge import Planned, config_of, plan
 from lora_lab.linalg import decompose
 from lora_lab.measuring import kept
 from lora_lab.outside import study
@@ -43,6 +43,9 @@ from lora_lab.store import Store, Tables
 from lora_lab.tasks import Tell
 
 PROBE_SEEDS, VERIFY_SEEDS = "0,1", "0,1,2,3,4"
+
+FASTER = 3.0
+"""Factor between the two learning rates that are tried for each r."""
 
 
 @dataclass(frozen=True)
@@ -205,12 +208,15 @@ class Trial:
     ----------
     r : int
         Median over the layers.
+    lr : float
+        The learning rate, the best of those tried by validation score.
     lost : Interval
         Score of full fine-tuning minus LoRA's, mean over seeds with its 90 % interval.
     n_seeds : int
     """
 
     r: int
+    lr: float
     lost: Interval
     n_seeds: int
 
@@ -222,14 +228,17 @@ class Trial:
         """The result in a line, in points of score."""
         lost, low, high = (100 * x for x in self.lost)
         return (
-            f"{'PASS' if self.passed(margin) else 'FAIL'} r = {self.r}: {lost:.1f} points below "
-            f"full fine-tuning [{low:.1f}, {high:.1f}], {self.n_seeds} seeds, margin "
-            f"{100 * margin:g}"
+            f"{'PASS' if self.passed(margin) else 'FAIL'} r = {self.r} at rate {self.lr:g}: "
+            f"{lost:.1f} points below full fine-tuning [{low:.1f}, {high:.1f}], "
+            f"{self.n_seeds} seeds, margin {100 * margin:g}"
         )
 
 
 def verify(advice: Advice, words: Sequence[str], watcher: Watcher) -> list[Trial]:
     """Train LoRA with the recommended r, half and twice of it, and full fine-tuning, five seeds.
+
+    LoRA's best rate rises as r falls (claim B6), so each r has its own: its default or `FASTER`
+    times that, unless `words` say which.
 
     Parameters
     ----------
@@ -238,18 +247,38 @@ def verify(advice: Advice, words: Sequence[str], watcher: Watcher) -> list[Trial
     """
     tried = {overall(own): own for own in map(advice.times, (0.5, 1.0, 2.0))}
     seeds = f"seed={VERIFY_SEEDS}"
-    lines = [["adapter=full", seeds], *([*_line(r, own), seeds] for r, own in tried.items())]
-    sets = [plan([line], words) for line in lines]
-    host = sets[0][1]
-    every = [one for planned, _ in sets for one in planned]
-    _need_done(sweep("suggest-rank", every, host, watcher).status)
-    runs = Tables(Store(host.results), [one.run_id for one in every]).runs
-    scores = runs.set_index("run_id")["score"]
-    whole, *others = ([scores[one.run_id] for one in planned] for planned, _ in sets)
-    lost = [np.subtract(whole, own) for own in others]
-    return [
-        Trial(r, t_interval(own, level=0.9), len(own)) for r, own in zip(tried, lost, strict=True)
+    (full, host), *lora = (
+        plan([line], words)
+        for line in (["adapter=full", seeds], *([*_line(r, k), seeds] for r, k in tried.items()))
+    )
+    sets = [
+        (own, _faster(own, r, tried[r], words)) for r, (own, _) in zip(tried, lora, strict=True)
     ]
+    every = [*full, *(one for pair in sets for own in pair for one in own)]
+    _need_done(sweep("suggest-rank", every, host, watcher).status)
+    runs = Tables(Store(host.results), [one.run_id for one in every]).runs.set_index("run_id")
+    whole = runs.loc[[one.run_id for one in full], "score"].to_numpy()
+    trials = []
+    for r, pair in zip(tried, sets, strict=True):
+        own = max(
+            (runs.loc[[one.run_id for one in own]] for own in pair if own),
+            key=lambda rows: float(rows["validation_score"].mean()),
+        )
+        lost = t_interval(whole - own["score"].to_numpy(), level=0.9)
+        trials.append(Trial(r, float(own["train.lr"].iloc[0]), lost, len(own)))
+    return trials
+
+
+def _faster(
+    own: Sequence[Planned], r: int, ranks: pd.Series, words: Sequence[str]
+) -> Sequence[Planned]:
+    """The same runs at `FASTER` times their rate; none where the user has said which rate."""
+    if any(word.startswith("train.lr=") for word in words):
+        return []
+    default = own[0].config.train.lr
+    assert default is not None, "a planned run has its rate"
+    rate = FASTER * default
+    return plan([[*_line(r, ranks), f"seed={VERIFY_SEEDS}", f"train.lr={rate:g}"]], words)[0]
 
 
 def _line(r: int, ranks: pd.Series) -> list[str]:

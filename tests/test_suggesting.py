@@ -43,6 +43,20 @@ def test_the_planted_rank_is_recommended_and_its_reasons_are_given(suggested, ca
     assert "other policies count something else: effective_rank" in shown
 
 
+@pytest.mark.long
+def test_verification_trains_three_r_at_the_better_of_two_rates_or_at_the_one_given(
+    suggested, capsys
+) -> None:
+    _folder, words = suggested
+    code = main(["suggest-rank", *words, "--verify"])
+    tried = [line for line in capsys.readouterr().out.splitlines() if " at rate " in line]
+    assert [line.split()[3] for line in tried] == ["2", "3", "6"]
+    assert code == (0 if tried[1].startswith("PASS") else 1)
+    main(["suggest-rank", *words, "--verify", "train.lr=1e-3"])
+    shown = capsys.readouterr().out
+    assert shown.count(" at rate 0.001: ") == shown.count(" at rate ") >= 2
+
+
 def test_finished_full_runs_are_evidence_too(suggested, capsys) -> None:
     folder, _ = suggested
     [first, second] = sorted(p.name for p in (folder / "results" / "runs").iterdir())
@@ -120,11 +134,13 @@ def test_a_policy_reads_the_last_step_the_asked_level_and_the_mean_over_seeds() 
 
 
 def test_a_trial_passes_only_when_its_whole_interval_is_below_the_margin() -> None:
-    assert Trial(4, Interval(0.005, -0.004, 0.014), 5).passed(0.02)
-    assert not Trial(4, Interval(0.005, -0.02, 0.03), 5).passed(0.02)
-    assert Trial(4, Interval(-0.05, -0.06, -0.04), 5).passed(0.02), "better is not worse"
-    said = Trial(4, Interval(0.005, -0.004, 0.014), 5).said(0.02)
-    assert said == ("PASS r = 4: 0.5 points below full fine-tuning [-0.4, 1.4], 5 seeds, margin 2")
+    assert Trial(4, 1e-3, Interval(0.005, -0.004, 0.014), 5).passed(0.02)
+    assert not Trial(4, 1e-3, Interval(0.005, -0.02, 0.03), 5).passed(0.02)
+    assert Trial(4, 1e-3, Interval(-0.05, -0.06, -0.04), 5).passed(0.02), "better is not worse"
+    said = Trial(4, 1e-3, Interval(0.005, -0.004, 0.014), 5).said(0.02)
+    assert said == (
+        "PASS r = 4 at rate 0.001: 0.5 points below full fine-tuning [-0.4, 1.4], 5 seeds, margin 2"
+    )
 
 
 def test_one_r_for_all_layers_is_their_median_and_the_default_policy_is_known() -> None:
