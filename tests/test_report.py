@@ -138,6 +138,18 @@ def test_all_of_the_data_is_inside_and_a_thinned_run_says_so(page: str):
     assert "lora-lab dashboard" in told["thinned"]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_file_that_would_be_too_large_leaves_out_the_oldest_runs(monkeypatch: pytest.MonkeyPatch):
+    size = len(report.build(DEMO).encode()) - 10
+    monkeypatch.setattr(report, "SIZE", size)
+    cut = report.build(DEMO)
+    assert len(cut.encode()) <= size
+    newest = DEMO.runs.sort_values("started", ascending=False)["run_id"]
+    held = [run_id in re.findall(r'data-part="run/([^"]+)"', cut) for run_id in newest]
+    assert held == sorted(held, reverse=True)
+    assert 0 < sum(held) < len(held)
+
+
 def test_the_demo_report_is_small(written: Path):
     assert written.stat().st_size < 5e6
 

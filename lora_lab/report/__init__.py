@@ -11,8 +11,10 @@ from lora_lab.report.details import run_part
 from lora_lab.report.ledger import claims_part
 from lora_lab.store.files import make_folder, write_bytes
 
-DETAILS = 6_000_000
-"""Bytes of the file for the runs one by one: the newest that fit."""
+SIZE = 14_000_000
+"""Bytes of the file, which the newest runs one by one fill as far as they fit."""
+TAG = 100
+"""Bytes around a part, at most."""
 
 
 def build(tables: Tables, claims: Path | None = None) -> str:
@@ -40,22 +42,23 @@ def _page(tables: Tables, sections: list[words.Section], claims: Path | None) ->
     inside = {"runs": parts.runs_part(tables.runs)}
     if claims is not None and claims.is_dir():
         inside["claims"] = claims_part(claims, inside=True)
+    inside["layers"] = parts.layers_part(parts.layer_values(tables.measures))
     packed = {name: page.packed(parts.encoded(part)) for name, part in inside.items()}
-    return page.alone(words.values(tables, sections), packed | _details(tables))
+    told = words.values(tables, sections)
+    left = SIZE - len(page.alone(told, packed).encode())
+    return page.alone(told, packed | _details(tables, left))
 
 
-def _details(tables: Tables) -> dict[str, str]:
-    """Packed: the newest runs one by one, thinned, as many as fit; the layers of all of them."""
+def _details(tables: Tables, left: int) -> dict[str, str]:
+    """The newest runs one by one, thinned and packed, as many as fit into so many bytes."""
     runs = tables.runs.sort_values("started", ascending=False, kind="stable", na_position="last")
     told = set(tables.traces["run_id"]) | set(tables.spectra["run_id"])
     ids = [run_id for run_id in runs["run_id"].astype(str) if run_id in told]
     frames = parts.frames_by_run(tables, ids)
-    layers = parts.layers_part(parts.layer_values(tables.measures))
-    out = {"layers": page.packed(parts.encoded(layers))}
-    left = DETAILS
+    out: dict[str, str] = {}
     for run_id in ids:
         data = page.packed(parts.encoded(run_part(run_id, frames[run_id], thin=True)))
-        left -= len(data)
+        left -= len(data) + TAG
         if left < 0:
             break
         out[f"run/{run_id}"] = data
