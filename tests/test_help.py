@@ -77,8 +77,9 @@ def test_a_method_whose_library_is_not_installed_is_known_all_the_same(
 
 
 def test_help_of_a_key_shows_type_default_and_meaning_of_each_method(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     out = said(capsys, "adapter.r")
     assert re.search(
         r"adapter\.r +a whole number at least 1 +8 +Configured rank.* lora, sparse", out

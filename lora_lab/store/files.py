@@ -243,13 +243,19 @@ def encode_table(table: pa.Table) -> bytes:
 
 
 def rounded(table: pa.Table) -> pa.Table:
-    """The table with its measured numbers rounded to `KEPT_BITS`; whole ones to 8,192 stay."""
+    """The table with its measured numbers `short`."""
     for name in MEASURED:
         if name in table.column_names:
-            mantissa, exponent = np.frexp(table[name].to_numpy())
-            kept = np.ldexp(np.rint(np.ldexp(mantissa, KEPT_BITS)), exponent - KEPT_BITS)
-            table = table.set_column(table.column_names.index(name), name, pa.array(kept))
+            kept = pa.array(short(table[name].to_numpy()))
+            table = table.set_column(table.column_names.index(name), name, kept)
     return table
+
+
+def short(values: np.ndarray) -> np.ndarray:
+    """Float64 numbers rounded to `KEPT_BITS`; whole ones to 8,192 stay."""
+    mantissa, exponent = np.frexp(values)
+    out: np.ndarray = np.ldexp(np.rint(np.ldexp(mantissa, KEPT_BITS)), exponent - KEPT_BITS)
+    return out
 
 
 def decode_table(data: bytes, schema: pa.Schema, path: Path) -> pa.Table:

@@ -30,6 +30,7 @@ from lora_lab import schema
 from lora_lab.config import flat
 from lora_lab.measures import MEASURES
 from lora_lab.store import Record, Tables
+from lora_lab.store.files import MEASURED, short
 
 STEP = "train/step"
 """The optimizer step, against which every metric is drawn."""
@@ -200,6 +201,8 @@ class Contents:
         ]
         whole = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
         for frame in self._rows(run_id).values():
+            # As packing leaves them, so that a packed run is the same.
+            frame = frame.assign(**{c: short(frame[c].to_numpy()) for c in MEASURED if c in frame})
             whole.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
             whole.update(b"|")
         return whole.hexdigest()
