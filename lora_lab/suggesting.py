@@ -245,40 +245,34 @@ def verify(advice: Advice, words: Sequence[str], watcher: Watcher) -> list[Trial
     words : sequence of str
         As for `probe`.
     """
-    tried = {overall(own): own for own in map(advice.times, (0.5, 1.0, 2.0))}
     seeds = f"seed={VERIFY_SEEDS}"
-    (full, host), *lora = (
-        plan([line], words)
-        for line in (["adapter=full", seeds], *([*_line(r, k), seeds] for r, k in tried.items()))
-    )
-    sets = [
-        (own, _faster(own, r, tried[r], words)) for r, (own, _) in zip(tried, lora, strict=True)
-    ]
-    every = [*full, *(one for pair in sets for own in pair for one in own)]
+    full, host = plan([["adapter=full", seeds]], words)
+    tried = {overall(own): own for own in map(advice.times, (0.5, 1.0, 2.0))}
+    lora = {r: _at_rates([*_line(r, own), seeds], words) for r, own in tried.items()}
+    every = [*full, *(one for own in lora.values() for one in own)]
     _need_done(sweep("suggest-rank", every, host, watcher).status)
     runs = Tables(Store(host.results), [one.run_id for one in every]).runs.set_index("run_id")
-    whole = runs.loc[[one.run_id for one in full], "score"].to_numpy()
+
+    def of(planned: Sequence[Planned]) -> pd.DataFrame:
+        return runs.loc[[one.run_id for one in planned]].set_index("seed")
+
     trials = []
-    for r, pair in zip(tried, sets, strict=True):
-        own = max(
-            (runs.loc[[one.run_id for one in own]] for own in pair if own),
-            key=lambda rows: float(rows["validation_score"].mean()),
-        )
-        lost = t_interval(whole - own["score"].to_numpy(), level=0.9)
-        trials.append(Trial(r, float(own["train.lr"].iloc[0]), lost, len(own)))
+    for r, planned in lora.items():
+        own = of(planned)
+        rate = own.groupby("train.lr")["validation_score"].mean().idxmax()
+        lost = (of(full)["score"] - own.loc[own["train.lr"] == rate, "score"]).to_numpy()
+        trials.append(Trial(r, float(rate), t_interval(lost, level=0.9), len(lost)))
     return trials
 
 
-def _faster(
-    own: Sequence[Planned], r: int, ranks: pd.Series, words: Sequence[str]
-) -> Sequence[Planned]:
-    """The same runs at `FASTER` times their rate; none where the user has said which rate."""
-    if any(word.startswith("train.lr=") for word in words):
-        return []
+def _at_rates(line: list[str], words: Sequence[str]) -> Sequence[Planned]:
+    """The runs of a line at its default rate and at `FASTER` times that, or at the user's own."""
+    own = plan([line], words)[0]
     default = own[0].config.train.lr
     assert default is not None, "a planned run has its rate"
-    rate = FASTER * default
-    return plan([[*_line(r, ranks), f"seed={VERIFY_SEEDS}", f"train.lr={rate:g}"]], words)[0]
+    if any(word.startswith("train.lr=") for word in words):
+        return own
+    return [*own, *plan([[*line, f"train.lr={FASTER * default:g}"]], words)[0]]
 
 
 def _line(r: int, ranks: pd.Series) -> list[str]:
