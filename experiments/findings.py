@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.markdown import plain, table
 from experiments.readme import ROOT
-from lora_lab.claims import OUTCOMES, Entry, claims
+from lora_lab.claims import OUTCOMES, Entry, claims, effect_of
 
 FAMILIES = {
     "A": "algebra, counting, code",
@@ -21,41 +21,8 @@ FAMILIES = {
     "G": "papers, repeated",
 }
 
-SURPRISES = {
-    "C1": (
-        "mixed",
-        "By every count of energy the update of full fine-tuning is of high rank, and yet a tenth "
-        "of its directions does the work on MiniLM.",
-    ),
-    "F3": (
-        "refuted",
-        "Adapters of different tasks ruin each other when they are summed, and neither cosine nor "
-        "overlap nor sign conflicts tell how much.",
-    ),
-    "F4": (
-        "refuted",
-        "Ranks that change in training do no better than one fixed r of the same parameter count.",
-    ),
-    "F5": ("refuted", "A scale that is learned per layer ends near where it started."),
-    "D2": (
-        "refuted",
-        "Query and value alone fall short of the share of full fine-tuning that guidelines "
-        "promise, once the floor is taken off.",
-    ),
-    "A8": (
-        "mixed",
-        "The LoRA layer that is copied from text to text breaks most of the laws that it is copied "
-        "for.",
-    ),
-    "A7": ("mixed", "The set that LoRA searches is no subspace: sums of two updates leave it."),
-    "C8": (
-        "mixed",
-        "MiniLM has hardly any intruder dimensions, and on digits full fine-tuning has more of "
-        "them than LoRA at r = 1.",
-    ),
-}
-"""What surprised, in words, and the verdict for which a sentence was written: with another it is
-left out."""
+SURPRISES = ("C1", "F3", "F4", "F5", "D2", "A8", "A7", "C8")
+"""Claims whose verdict few would have guessed."""
 
 
 @lru_cache(maxsize=1)
@@ -79,15 +46,15 @@ def families() -> str:
 
 
 def surprises() -> str:
-    """The sentences whose verdict still is the one that they were written for."""
-    by_id = {e.claim.id: e for e in entries()}
+    """What was claimed, and the verdict, of `SURPRISES`."""
     rows = []
-    for name, (outcome, said) in SURPRISES.items():
-        entry = by_id[name]
-        if entry.stored and entry.stored["outcome"] == outcome:
+    for entry in entries():
+        if entry.claim.id in SURPRISES and (stored := entry.stored):
             figure = f"[figure](../results/claims/{entry.claim.stem}.png)"
-            rows.append((said, f"{name} {outcome}", str(entry.stored["n_seeds"]), figure))
-    return table(("what surprised", "verdict", "seeds", ""), rows)
+            said = plain(entry.claim.sections["Claim"])
+            verdict = f"{entry.claim.id} {stored['outcome']}"
+            rows.append((said, verdict, effect_of(stored), str(stored["n_seeds"]), figure))
+    return table(("claimed", "verdict", "effect [95 %]", "seeds", ""), rows)
 
 
 def open_claims() -> str:
@@ -96,12 +63,12 @@ def open_claims() -> str:
     for entry in entries():
         if _outcome(entry) == "unresolved":
             stored: dict[str, Any] = entry.stored or {}
-            asked = re.findall(r"about ([\d,]+) seeds", stored["said"])
+            asked = re.findall(r"([\d,]+ (?:seeds|tasks)) would", stored["said"])
             rows.append((entry.claim.id, str(stored["n_seeds"]), ", ".join(asked) or "–"))
     left = [f"{e.claim.id} ({plain(e.claim.sections['Cost'].rstrip('.'))})" for e in entries()
             if not e.stored]  # fmt: skip
     waiting = f"\n\nNot run yet, with what it would cost: {'; '.join(left)}." if left else ""
-    return table(("unresolved", "seeds so far", "seeds that would tell"), rows) + waiting
+    return table(("unresolved", "seeds so far", "how many would tell"), rows) + waiting
 
 
 # ---- threats to validity ------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Verdict:
     n_seeds : int
         Independent repetitions behind it.
     effect : float
-        Size of what was found, in the unit that `said` names.
+        Size of what was found, in the unit that `said` names; inside the interval, if there is one.
     parts : tuple of str
         Of a claim of many parts what was found of each, where `said` names the main ones alone.
     """
@@ -90,6 +90,10 @@ class Verdict:
     def __post_init__(self) -> None:
         assert self.outcome in OUTCOMES, self.outcome
         assert self.said.strip().endswith("."), "a sentence ends with a full stop"
+        # The ledger shows the effect with this interval.
+        low, high = self.interval
+        missing = math.isnan(self.effect) or math.isnan(low)
+        assert missing or low <= self.effect <= high, (self.effect, self.interval)
 
 
 def against(found: Interval, edge: float, more: bool = True) -> str:
@@ -364,6 +368,7 @@ class Entry:
         picture = self.claim.module.figure(table)
         picture.savefig(self.path("png"), dpi=100, metadata={"Software": None})
         content = {"id": self.claim.id, "name": self.claim.name, "size": size}
+        content["claim"] = self.claim.sections["Claim"]
         content |= _plain(asdict(found))
         content |= {"inputs": _sha(text), "made_by": made_by, "code": self.claim.verdict_code()}
         content["command"] = f"lora-lab claims {self.claim.id}"
@@ -395,6 +400,17 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def effect_of(stored: Mapping[str, Any]) -> str:
+    """Effect and interval of a stored verdict as text; '' where it has none.
+
+    >>> effect_of({"effect": 0.12345, "interval": [0.1, 0.2]})
+    '0.123 [0.1, 0.2]'
+    """
+    effect = "" if stored["effect"] is None else f"{stored['effect']:.3g}"
+    low, high = stored["interval"]
+    return effect if low is None else f"{effect} [{low:.3g}, {high:.3g}]"
+
+
 def index(entries: Sequence[Entry]) -> str:
     """results/claims/README.md: every claim with its verdict, sentence, interval and figure."""
     lines = [
@@ -414,12 +430,10 @@ def index(entries: Sequence[Entry]) -> str:
             continue
         stale = entry.stale()
         outcome = stored["outcome"] + (f" (stale: {stale})" if stale else "")
-        effect = "" if stored["effect"] is None else f"{stored['effect']:.3g}"
-        low, high = stored["interval"]
-        effect += "" if low is None else f" [{low:.3g}, {high:.3g}]"
         picture, data = (entry.path(e).name for e in ("png", "csv"))
+        said, effect = escaped(stored["said"]), effect_of(stored)
         lines.append(
-            f"| {stated} | {outcome} | {escaped(stored['said'])} | {effect} | {stored['n_seeds']} "
+            f"| {stated} | {outcome} | {said} | {effect} | {stored['n_seeds']} "
             f"| [figure]({picture}) · [table]({data}) | `{stored['command']}` |"
         )
     lines += ["", "## Part by part", ""]

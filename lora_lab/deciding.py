@@ -21,12 +21,10 @@ from lora_lab.engine import in_order, left, sweep
 from lora_lab.hydra_bridge import Planned, plan
 from lora_lab.progress import Display
 from lora_lab.registry import WrongInput
-from lora_lab.store import Store, load
+from lora_lab.store import CLAIMS, Store, load
 
 OK, FAILED = 0, 1
 SIZES = ("smoke", "paper")
-FOLDER = "claims"
-"""Of the verdicts, in the results folder."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def decide(ids: Sequence[str], size: str, words: Sequence[str], only_list: bool 
         Exit status: 1 when a run that a claim needs failed.
     """
     chosen, host = jobs(ids, size, words)
-    screen, folder = console(), Path(host.results) / FOLDER
+    screen, folder = console(), Path(host.results) / CLAIMS
     if only_list:
         screen.print(listed(chosen, size, host))
         return OK
@@ -148,7 +146,7 @@ def listed(chosen: Sequence[Job], size: str, host: Host) -> Table:
         table.add_column(heading, justify="right" if heading in ("runs", "left") else "left")
     todo: dict[str, Planned] = {}
     for job in chosen:
-        ahead = ahead_of(job, root) if job.needs_runs(root / FOLDER, size) else []
+        ahead = ahead_of(job, root) if job.needs_runs(root / CLAIMS, size) else []
         todo |= {one.run_id: one for one in ahead}
         numbers = (str(len(job.planned)), str(len(ahead))) if job.planned else ("", "")
         cost = estimate(ahead, runs, host) if job.planned else ""
@@ -161,7 +159,7 @@ def listed(chosen: Sequence[Job], size: str, host: Host) -> Table:
 
 def standing(job: Job, root: Path, size: str) -> str:
     """Outcome of a claim at a size, and whether it is stale."""
-    entry = Entry(job.claim, root / FOLDER)
+    entry = Entry(job.claim, root / CLAIMS)
     if entry.stored is None or entry.stored["size"] != size:
         return "not decided"
     stale = entry.stale(job.run_ids)

@@ -124,8 +124,8 @@ def verdict(table: pd.DataFrame) -> Verdict:
         said += f"; {_needed(deciding)}"
     found: Interval = t_interval(deciding)
     p = paired(deciding).p if len(deciding) else np.nan
-    effect, seeds = _share(table, "qv", EQUAL_R["qv"], "gap"), table["seed"].nunique()
-    return Verdict(outcome, said + ".", found.value, found[1:], p, n_seeds=seeds, effect=effect)
+    seeds = table["seed"].nunique()
+    return Verdict(outcome, said + ".", found.value, found[1:], p, seeds, effect=found.value)
 
 
 def _needed(left: pd.Series) -> str:

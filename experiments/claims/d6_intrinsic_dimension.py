@@ -129,7 +129,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
         said += f"; {seeds_to_tell(less, 0.0)}"
     p = paired(less).p if len(less) else np.nan
     seeds = table["seed"].nunique()
-    return Verdict(outcome, said + ".", share.value, share[1:], p, seeds, effect=lower.value)
+    return Verdict(outcome, said + ".", share.value, share[1:], p, seeds, effect=share.value)
 
 
 def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame:

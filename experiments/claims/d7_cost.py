@@ -170,8 +170,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
     )
     said += f"; {seeds_to_tell(ratios, 0.0)}." if outcome == "unresolved" else "."
     seeds = int(usual["seed"].nunique())
-    effect = float(usual["memory"].mean())
-    return Verdict(outcome, said, mid, (low, high), n_seeds=seeds, effect=effect)
+    return Verdict(outcome, said, mid, (low, high), n_seeds=seeds, effect=mid)
 
 
 def made(outcome: str, rng: np.random.Generator) -> pd.DataFrame | None:

@@ -9,6 +9,7 @@ from lora_lab.figures import Tables
 from lora_lab.report import page, parts, words
 from lora_lab.report.details import run_part
 from lora_lab.report.ledger import claims_part
+from lora_lab.store import CLAIMS
 from lora_lab.store.files import make_folder, write_bytes
 
 SIZE = 14_000_000
@@ -98,5 +99,5 @@ def write(tables: Tables, path: str | Path) -> Path:
         for picture in section.pictures:
             write_bytes(folder / f"{picture.name}.png", picture.png)
             write_bytes(folder / f"{picture.name}.pdf", picture.pdf)
-    write_bytes(path, _page(tables, sections, path.parent / "claims").encode())
+    write_bytes(path, _page(tables, sections, path.parent / CLAIMS).encode())
     return path

@@ -24,6 +24,9 @@ from lora_lab.store.files import Corrupt
 from lora_lab.store.rundir import Record, RunDir
 
 RUN_ID = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}")
+CLAIMS = "claims"
+"""Folder of the verdicts, in the results folder."""
+
 SWEEP_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,79}")
 
 SCORES = tuple(name for name in schema.RUNS if name not in ("run_id", "status", "sweep", "error"))
@@ -97,7 +100,7 @@ class Store:
     @property
     def claims(self) -> Path:
         """Folder of the claims ledger; need not exist."""
-        return self.root / "claims"
+        return self.root / CLAIMS
 
     def write_base(self, key: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Keep base weights that several runs share, once."""
