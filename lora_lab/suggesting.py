@@ -248,7 +248,7 @@ def verify(advice: Advice, words: Sequence[str], watcher: Watcher) -> list[Trial
     seeds = f"seed={VERIFY_SEEDS}"
     full, host = plan([["adapter=full", seeds]], words)
     tried = {overall(own): own for own in map(advice.times, (0.5, 1.0, 2.0))}
-    lora = {r: _at_rates([*_line(r, own), seeds], words) for r, own in tried.items()}
+    lora = {r: at_rates([*_line(r, own), seeds], words) for r, own in tried.items()}
     every = [*full, *(one for own in lora.values() for one in own)]
     _need_done(sweep("suggest-rank", every, host, watcher).status)
     runs = Tables(Store(host.results), [one.run_id for one in every]).runs.set_index("run_id")
@@ -259,13 +259,14 @@ def verify(advice: Advice, words: Sequence[str], watcher: Watcher) -> list[Trial
     trials = []
     for r, planned in lora.items():
         own = of(planned)
-        rate = own.groupby("train.lr")["validation_score"].mean().idxmax()
+        scores = own.groupby("train.lr")["validation_score"].mean()
+        rate = float(scores.index.to_numpy(dtype=float)[scores.argmax()])
         lost = (of(full)["score"] - own.loc[own["train.lr"] == rate, "score"]).to_numpy()
-        trials.append(Trial(r, float(rate), t_interval(lost, level=0.9), len(lost)))
+        trials.append(Trial(r, rate, t_interval(lost, level=0.9), len(lost)))
     return trials
 
 
-def _at_rates(line: list[str], words: Sequence[str]) -> Sequence[Planned]:
+def at_rates(line: list[str], words: Sequence[str]) -> Sequence[Planned]:
     """The runs of a line at its default rate and at `FASTER` times that, or at the user's own."""
     own = plan([line], words)[0]
     default = own[0].config.train.lr

@@ -18,7 +18,7 @@ from lora_lab.claims import read_csv
 from lora_lab.cli import main
 from lora_lab.policies import DEFAULT, ORACLE, POLICIES, WITHOUT_DATA, overall, policy_ranks
 from lora_lab.stats import Interval
-from lora_lab.suggesting import Trial
+from lora_lab.suggesting import FASTER, Trial, at_rates
 
 PLANTED = ["model=planted", "data=planted", "data.true_r=3", "data.width=64", "train.epochs=8",
            "data.noise=0.25", "host.workers=1"]  # fmt: skip
@@ -44,17 +44,21 @@ def test_the_planted_rank_is_recommended_and_its_reasons_are_given(suggested, ca
 
 
 @pytest.mark.long
-def test_verification_trains_three_r_at_the_better_of_two_rates_or_at_the_one_given(
-    suggested, capsys
-) -> None:
+def test_verification_trains_three_r_at_the_better_of_two_rates(suggested, capsys) -> None:
     _folder, words = suggested
     code = main(["suggest-rank", *words, "--verify"])
     tried = [line for line in capsys.readouterr().out.splitlines() if " at rate " in line]
     assert [line.split()[3] for line in tried] == ["2", "3", "6"]
     assert code == (0 if tried[1].startswith("PASS") else 1)
-    main(["suggest-rank", *words, "--verify", "train.lr=1e-3"])
-    shown = capsys.readouterr().out
-    assert shown.count(" at rate 0.001: ") == shown.count(" at rate ") >= 2
+
+
+def test_lora_is_verified_at_its_default_rate_and_a_faster_one_or_at_the_users_own() -> None:
+    line, words = ["adapter=lora", "adapter.r=3", "seed=0,1"], PLANTED
+    slow, again, fast, _ = [one.config.train.lr for one in at_rates(line, words)]
+    assert slow == again
+    assert fast == pytest.approx(FASTER * slow)
+    own = [one.config.train.lr for one in at_rates(line, [*words, "train.lr=0.002"])]
+    assert own == [0.002, 0.002]
 
 
 def test_finished_full_runs_are_evidence_too(suggested, capsys) -> None:
